@@ -1,0 +1,2 @@
+// Package kube is a source of desired state for the mirror.
+package kube

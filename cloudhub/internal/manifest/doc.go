@@ -1,0 +1,2 @@
+// Package manifest is a source of desired state for the mirror.
+package manifest

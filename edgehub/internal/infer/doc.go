@@ -1,0 +1,2 @@
+// Package infer serves the models an edge should serve, each in a worker process behind the Open Inference Protocol.
+package infer

@@ -1,0 +1,2 @@
+// Package local
+package local

@@ -1,0 +1,2 @@
+// Package reconcile
+package reconcile

@@ -1,0 +1,2 @@
+// Package uplink
+package uplink

@@ -1,0 +1,2 @@
+// Package desired brings what an edge should hold from a cloud hub to the edge.
+package desired
