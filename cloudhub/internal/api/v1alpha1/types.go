@@ -45,6 +45,7 @@ type EdgeSpec struct {
 type EdgeStatus struct {
 	// Link is Online, Offline or Superseded.
 	// +optional
+	// +kubebuilder:validation:Enum=Online;Offline;Superseded
 	Link string `json:"link,omitempty"`
 	// Hub that holds (or last held) the connection.
 	// +optional
@@ -92,6 +93,7 @@ type EdgeModelStatus struct {
 	ServingVersion string `json:"servingVersion,omitempty"`
 	// State is Pending, Downloading, Staged, Serving or Failed.
 	// +optional
+	// +kubebuilder:validation:Enum=Pending;Downloading;Staged;Serving;Failed
 	State string `json:"state,omitempty"`
 	// +optional
 	Reason string `json:"reason,omitempty"`
@@ -198,13 +200,16 @@ type ModelRequirements struct {
 //
 // +kubebuilder:validation:XValidation:rule="has(self.output) || has(self.stream)",message="a binding needs an output topic or a stream"
 type ModelBinding struct {
-	// Input is a topic filter.
+	// Input is a topic filter on the edge's broker.
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=1024
+	// +kubebuilder:validation:XValidation:rule="!self.startsWith('longshore/') && !self.startsWith('$')",message="input must not begin with longshore/ or $"
 	Input string `json:"input"`
 	// Output is a topic name; "{1}" stands for what the first '+' of input matched, and so on.
 	// +optional
+	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=1024
+	// +kubebuilder:validation:XValidation:rule="!self.contains('+') && !self.contains('#') && !self.startsWith('longshore/') && !self.startsWith('$')",message="output must be a topic name without + or #, not below longshore/ or $"
 	Output string `json:"output,omitempty"`
 	// Stream for telemetry.
 	// +optional
