@@ -1,0 +1,2 @@
+// Package e2e holds the tests that drive the built binaries as users do.
+package e2e

@@ -1,0 +1,157 @@
+package rig
+
+import (
+	"errors"
+	"io"
+	"net"
+	"sync"
+)
+
+// Link is a TCP relay that can be cut: it stands for the network between an edge and the hub.
+type Link struct {
+	target string
+	l      net.Listener
+	wg     sync.WaitGroup
+
+	mu     sync.Mutex
+	cut    bool
+	closed bool
+	conns  map[net.Conn]struct{}
+	bytes  int64
+}
+
+// NewLink relays to target until Close.
+func NewLink(target string) (*Link, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	k := &Link{target: target, l: l, conns: map[net.Conn]struct{}{}}
+	k.wg.Add(1)
+	go k.accept()
+	return k, nil
+}
+
+// Addr is what the edge dials.
+func (k *Link) Addr() string { return k.l.Addr().String() }
+
+// Cut ends every connection and refuses new ones until Restore.
+func (k *Link) Cut() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.cut = true
+	k.dropAll()
+}
+
+// Restore lets connections through again.
+func (k *Link) Restore() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.cut = false
+}
+
+// Bytes relayed so far, both ways.
+func (k *Link) Bytes() int64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.bytes
+}
+
+// Close ends the relay and waits for its goroutines.
+func (k *Link) Close() {
+	k.mu.Lock()
+	k.closed = true
+	k.dropAll()
+	k.mu.Unlock()
+	k.l.Close()
+	k.wg.Wait()
+}
+
+// dropAll needs mu.
+func (k *Link) dropAll() {
+	for c := range k.conns {
+		c.Close()
+	}
+}
+
+func (k *Link) accept() {
+	defer k.wg.Done()
+	for {
+		c, err := k.l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue
+		}
+		k.wg.Add(1)
+		go func() {
+			defer k.wg.Done()
+			k.relay(c)
+		}()
+	}
+}
+
+// admit notes a connection, or closes it if the link is cut.
+func (k *Link) admit(c net.Conn) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.cut || k.closed {
+		c.Close()
+		return false
+	}
+	k.conns[c] = struct{}{}
+	return true
+}
+
+func (k *Link) forget(c net.Conn) {
+	c.Close()
+	k.mu.Lock()
+	delete(k.conns, c)
+	k.mu.Unlock()
+}
+
+func (k *Link) relay(down net.Conn) {
+	if !k.admit(down) {
+		return
+	}
+	defer k.forget(down)
+	up, err := net.Dial("tcp", k.target)
+	if err != nil {
+		return
+	}
+	if !k.admit(up) {
+		return
+	}
+	defer k.forget(up)
+	var wg sync.WaitGroup
+	for _, d := range [][2]net.Conn{{up, down}, {down, up}} {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			k.copy(d[0], d[1])
+			// A half-closed connection is of no use to anybody here.
+			d[0].Close()
+			d[1].Close()
+		}()
+	}
+	wg.Wait()
+}
+
+func (k *Link) copy(to io.Writer, from io.Reader) {
+	b := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(b)
+		if n > 0 {
+			k.mu.Lock()
+			k.bytes += int64(n)
+			k.mu.Unlock()
+			if _, err := to.Write(b[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
