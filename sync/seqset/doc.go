@@ -1,0 +1,2 @@
+// Package seqset holds sets of sequence numbers as sorted ranges.
+package seqset
