@@ -1,0 +1,172 @@
+package local
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/longshore-edge/longshore/broker"
+	"github.com/longshore-edge/longshore/sync/outbox"
+	"github.com/longshore-edge/longshore/sync/topic"
+)
+
+// device is the name of clients without credentials of their own.
+const device = "device"
+
+// listener names the broker's one door.
+const listener = "devices"
+
+// complainPause is the least time between two log lines about the same stream.
+const complainPause = 10 * time.Second
+
+// Stream maps topics to a telemetry stream.
+type Stream struct {
+	Name string
+	// Topics are MQTT topic filters.
+	Topics []string
+}
+
+// Appender puts records on disk; *outbox.Log is one.
+type Appender interface {
+	Append(ctx context.Context, recs []outbox.Record) (verdicts []error, err error)
+}
+
+// Config of a Broker.
+type Config struct {
+	Logger *slog.Logger
+	// Listen is the address for devices, host:port. A client needs no credentials.
+	Listen string
+	// Streams in order: the first with a matching filter takes a message; a message that none takes is only fanned out.
+	Streams []Stream
+	Outbox  Appender
+	// Offer is given every accepted message, for the models' bindings. It must not block.
+	Offer func(topic string, payload []byte)
+}
+
+// Broker serves devices. Create it with New, then call Run once.
+type Broker struct {
+	cfg Config
+	mq  *broker.Broker
+
+	mu         sync.Mutex
+	complained map[string]time.Time // guarded by mu: when a stream's trouble was last logged
+}
+
+// New checks the configuration and opens the listener, so that a taken port is an error here. It starts nothing.
+func New(cfg Config) (*Broker, error) {
+	b := &Broker{cfg: cfg, complained: map[string]time.Time{}}
+	for _, s := range cfg.Streams {
+		for _, f := range s.Topics {
+			if err := topic.ValidFilter(f); err != nil {
+				return nil, fmt.Errorf("stream %q: %w", s.Name, err)
+			}
+		}
+	}
+	var err error
+	b.mq, err = broker.New(broker.Config{
+		Logger:    cfg.Logger,
+		Listeners: []broker.Listener{{Name: listener, Address: cfg.Listen}},
+		Auth:      anyone{},
+		Store:     b.store,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open the devices' broker: %w", err)
+	}
+	return b, nil
+}
+
+// Run serves until ctx ends.
+func (b *Broker) Run(ctx context.Context) error { return b.mq.Run(ctx) }
+
+// Addr returns the address devices connect to.
+func (b *Broker) Addr() net.Addr { return b.mq.Addr(listener) }
+
+// Publish fans a message of the agent's own out to local subscribers.
+func (b *Broker) Publish(ctx context.Context, name string, payload []byte) error {
+	return b.mq.Publish(ctx, name, payload, 0, false)
+}
+
+// Stats returns the broker's counters.
+func (b *Broker) Stats() broker.Stats { return b.mq.Stats() }
+
+// store puts what belongs to a stream on disk; its verdict decides on the PUBACK.
+func (b *Broker) store(ctx context.Context, batch []broker.Message) []error {
+	verdicts := make([]error, len(batch))
+	var recs []outbox.Record
+	var at []int
+	for i, m := range batch {
+		if s := b.stream(m.Topic); s != "" {
+			recs = append(recs, outbox.Record{Stream: s, Topic: m.Topic, Payload: m.Payload})
+			at = append(at, i)
+		}
+	}
+	if len(recs) > 0 {
+		stored, err := b.cfg.Outbox.Append(ctx, recs)
+		for k, i := range at {
+			verdicts[i] = err
+			if err == nil {
+				verdicts[i] = stored[k]
+			}
+			if verdicts[i] != nil {
+				b.complain(recs[k].Stream, batch[i], verdicts[i])
+			}
+		}
+	}
+	for i, m := range batch {
+		if verdicts[i] == nil {
+			b.cfg.Offer(m.Topic, m.Payload)
+		}
+	}
+	return verdicts
+}
+
+func (b *Broker) stream(name string) string {
+	for _, s := range b.cfg.Streams {
+		for _, f := range s.Topics {
+			if topic.Match(f, name) {
+				return s.Name
+			}
+		}
+	}
+	return ""
+}
+
+// complain logs why messages are not acknowledged, now and then.
+func (b *Broker) complain(stream string, m broker.Message, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if time.Since(b.complained[stream]) < complainPause {
+		return
+	}
+	b.complained[stream] = time.Now()
+	advice := "free disk space where the state directory is, or lower the streams' maxBytes"
+	if errors.Is(err, outbox.ErrFull) {
+		advice = "raise the stream's maxBytes, or set its policy to drop-oldest"
+	}
+	b.cfg.Logger.Error("message of a device not stored and not acknowledged; its connection is closed so that it sends it again",
+		"stream", stream, "topic", m.Topic, "client", m.ClientID, "error", err, "advice", advice)
+}
+
+// anyone lets every client in, as a device.
+type anyone struct{}
+
+func (anyone) Authenticate(context.Context, broker.Login) (broker.Identity, error) {
+	return broker.Identity{Name: device, Access: deviceAccess{}}, nil
+}
+
+// deviceAccess keeps devices out of Longshore's own topics and the broker's.
+type deviceAccess struct{}
+
+func (deviceAccess) Publish(name string) bool { return !reserved(name) }
+
+func (deviceAccess) Subscribe(filter string) bool { return !reserved(filter) }
+
+func reserved(name string) bool {
+	first, _, _ := strings.Cut(name, "/")
+	return first == "longshore" || first == "$SYS"
+}

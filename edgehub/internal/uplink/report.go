@@ -1,0 +1,196 @@
+package uplink
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/desired"
+)
+
+const (
+	// reportPause is the least time between two rounds of reports, so that progress of a download does not fill the link.
+	// A committed list does not wait for it.
+	reportPause = time.Second
+	// figuresPause is the least time between two reports because of nothing but a figure (free disk, backlog).
+	figuresPause = time.Minute
+	// reportRoom is kept free in a report for all that is not a list of pods or models.
+	reportRoom = 4 << 10
+)
+
+// reporter turns accounts into reports: the first of a session in full, later ones what changed.
+type reporter struct {
+	session uint64
+
+	mu     sync.Mutex
+	list   []byte // guarded by mu: digest of the committed list, nil if none
+	urgent bool   // guarded by mu: list changed
+	dirty  bool   // guarded by mu: the account changed
+
+	sequence     uint64
+	last, nodeAt time.Time
+	pods         map[string]*longshorepb.PodReport   // as reported, by UID
+	models       map[string]*longshorepb.ModelReport // as reported, by namespace/name
+	node         *longshorepb.NodeReport             // as reported
+}
+
+func newReporter(session uint64) *reporter { return &reporter{session: session, urgent: true} }
+
+func (r *reporter) setList(d desired.Digest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.list, r.urgent = nil, true
+	if d != (desired.Digest{}) {
+		r.list = d[:]
+	}
+}
+
+func (r *reporter) changed() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dirty = true
+}
+
+// due reports whether to look at the account now, or else when.
+func (r *reporter) due(now time.Time) (list []byte, urgent bool, wait time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	pause := figuresPause
+	if r.dirty {
+		pause = reportPause
+	}
+	if wait = r.last.Add(pause).Sub(now); wait > 0 && !r.urgent {
+		return nil, false, wait
+	}
+	urgent = r.urgent
+	r.urgent, r.dirty = false, false
+	return r.list, urgent, 0
+}
+
+// next returns the serialized reports to send now, none above 16 KiB, or how long to wait before asking again.
+func (r *reporter) next(account func() Account, now time.Time) (messages [][]byte, wait time.Duration, err error) {
+	list, urgent, wait := r.due(now)
+	if wait > 0 {
+		return nil, wait, nil
+	}
+	first := r.pods == nil
+	parts := r.split(r.diff(account(), now, first))
+	r.last = now
+	if !urgent && len(parts) == 1 && proto.Size(parts[0]) == 0 {
+		return nil, figuresPause, nil
+	}
+	parts[0].Reset_ = first
+	parts[len(parts)-1].Complete = first
+	for _, p := range parts {
+		r.sequence++
+		p.Session, p.Sequence, p.List = r.session, r.sequence, list
+		b, err := proto.Marshal(p)
+		if err != nil {
+			return nil, 0, fmt.Errorf("encode report: %w", err)
+		}
+		messages = append(messages, b)
+	}
+	return messages, 0, nil
+}
+
+// diff returns what differs from what was reported, and notes it as reported.
+func (r *reporter) diff(a Account, now time.Time, first bool) *longshorepb.Reported {
+	d := &longshorepb.Reported{}
+	pods := make(map[string]*longshorepb.PodReport, len(a.Pods))
+	for _, p := range a.Pods {
+		p = fit(p)
+		if !proto.Equal(r.pods[p.GetUid()], p) {
+			d.Pods = append(d.Pods, p)
+		}
+		pods[p.GetUid()] = p
+	}
+	for uid := range r.pods {
+		if pods[uid] == nil {
+			d.GonePods = append(d.GonePods, uid)
+		}
+	}
+	models := make(map[string]*longshorepb.ModelReport, len(a.Models))
+	for _, m := range a.Models {
+		m = fitModel(m)
+		key := m.GetNamespace() + "/" + m.GetName()
+		if !proto.Equal(r.models[key], m) {
+			d.Models = append(d.Models, m)
+		}
+		models[key] = m
+	}
+	r.pods, r.models = pods, models
+	if first || now.Sub(r.nodeAt) >= figuresPause && !proto.Equal(r.node, a.Node) || !proto.Equal(facts(r.node), facts(a.Node)) {
+		d.Node, r.node, r.nodeAt = a.Node, a.Node, now
+	}
+	return d
+}
+
+// facts is a node's report without the figures that change all the time.
+func facts(n *longshorepb.NodeReport) *longshorepb.NodeReport {
+	if n == nil {
+		return nil
+	}
+	n = proto.CloneOf(n)
+	n.DiskFreeBytes, n.BacklogRecords, n.BacklogBytes = 0, 0, 0
+	return n
+}
+
+// fit replaces a status that would not fit a message.
+func fit(p *longshorepb.PodReport) *longshorepb.PodReport {
+	if proto.Size(p) <= maxMessage-reportRoom {
+		return p
+	}
+	var full corev1.PodStatus
+	short := corev1.PodStatus{Message: "the status is too large to report"}
+	if err := full.Unmarshal(p.GetStatus()); err == nil {
+		short.Phase, short.Reason = full.Phase, full.Reason
+	}
+	p = proto.CloneOf(p)
+	p.Status, _ = short.Marshal() // a status made here always encodes
+	return p
+}
+
+// fitModel cuts a model's message to 1 KiB.
+func fitModel(m *longshorepb.ModelReport) *longshorepb.ModelReport {
+	const most = 1 << 10
+	if len(m.GetMessage()) <= most {
+		return m
+	}
+	m = proto.CloneOf(m)
+	m.Message = strings.ToValidUTF8(m.Message[:most], "") + "..."
+	return m
+}
+
+// split returns at least one report, each small enough for a message.
+func (r *reporter) split(d *longshorepb.Reported) []*longshorepb.Reported {
+	part := &longshorepb.Reported{Node: d.GetNode()}
+	parts := []*longshorepb.Reported{part}
+	size := 0
+	room := func(n int) *longshorepb.Reported {
+		if size += n + 4; size > maxMessage-reportRoom {
+			part = &longshorepb.Reported{}
+			parts = append(parts, part)
+			size = n + 4
+		}
+		return part
+	}
+	for _, p := range d.GetPods() {
+		q := room(proto.Size(p))
+		q.Pods = append(q.Pods, p)
+	}
+	for _, m := range d.GetModels() {
+		q := room(proto.Size(m))
+		q.Models = append(q.Models, m)
+	}
+	for _, uid := range d.GetGonePods() {
+		q := room(len(uid))
+		q.GonePods = append(q.GonePods, uid)
+	}
+	return parts
+}

@@ -1,0 +1,139 @@
+package uplink
+
+import (
+	"context"
+	"encoding/hex"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/longshore-edge/longshore/broker/mqttconn"
+	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/desired"
+	"github.com/longshore-edge/longshore/sync/topic"
+)
+
+// session is one connection's incoming side: it drives the replica and feeds the writer.
+type session struct {
+	up     *Uplink
+	conn   *mqttconn.Session
+	number uint64
+	writer *writer
+}
+
+func newSession(up *Uplink, conn *mqttconn.Session, number uint64) *session {
+	return &session{up: up, conn: conn, number: number, writer: newWriter(up, conn, number)}
+}
+
+// loop takes what arrives and does what the replica wants done, until the connection ends.
+func (s *session) loop(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		if err := s.act(); err != nil {
+			return err
+		}
+		if d := s.deadline(); d.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(d))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case m, ok := <-s.conn.Messages():
+			if !ok {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			s.receive(m)
+		case <-s.writer.idle:
+		case <-timer.C:
+		}
+	}
+}
+
+func (s *session) deadline() time.Time {
+	s.up.mu.Lock()
+	defer s.up.mu.Unlock()
+	return s.up.replica.Deadline()
+}
+
+// act executes the replica's actions in order. It asks for more only when the writer has taken what it was given before:
+// that bounds what waits.
+func (s *session) act() error {
+	for s.writer.wantsActions() {
+		s.up.mu.Lock()
+		actions := s.up.replica.Poll(time.Now())
+		superseded := s.up.replica.Status().Superseded
+		s.up.mu.Unlock()
+		if superseded {
+			return errSuperseded
+		}
+		if len(actions) == 0 {
+			return nil
+		}
+		for _, a := range actions {
+			if err := s.execute(a); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *session) execute(a desired.EdgeAction) error {
+	switch a := a.(type) {
+	case desired.Publish, desired.Subscribe:
+		s.writer.do(a)
+		return nil
+	case desired.Commit:
+		if err := s.up.cfg.Store.Apply(a); err != nil {
+			return &storeError{err}
+		}
+		s.up.setStoreErr(nil)
+		s.up.cfg.Logger.Info("list committed", "list", hex.EncodeToString(a.List.Digest[:]), "objects", len(a.List.Entries))
+		s.up.cfg.Committed()
+		s.writer.committed(a.List.Digest)
+	default:
+		if err := s.up.cfg.Store.Apply(a); err != nil {
+			return &storeError{err}
+		}
+	}
+	return nil
+}
+
+func (s *session) receive(m mqttconn.Message) {
+	t, err := topic.Parse(m.Topic)
+	if err != nil {
+		s.up.reject(m.Topic, err)
+		return
+	}
+	if t.Kind == topic.Ack {
+		s.acknowledge(m)
+		return
+	}
+	s.up.mu.Lock()
+	err = s.up.replica.Receive(time.Now(), m.Topic, m.Payload)
+	s.up.mu.Unlock()
+	if err != nil {
+		s.up.reject(m.Topic, err)
+	}
+}
+
+// acknowledge gives back what the sink holds and opens the window again.
+func (s *session) acknowledge(m mqttconn.Message) {
+	var ack longshorepb.Ack
+	if err := proto.Unmarshal(m.Payload, &ack); err != nil {
+		s.up.reject(m.Topic, err)
+		return
+	}
+	if err := s.up.cfg.Outbox.Ack(&ack); err != nil {
+		s.up.reject(m.Topic, err)
+		return
+	}
+	s.up.mu.Lock()
+	s.writer.flow.acked(&ack, time.Now())
+	s.up.mu.Unlock()
+	s.writer.poke()
+}
