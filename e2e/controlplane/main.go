@@ -7,6 +7,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -22,7 +23,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// shutdownLimit bounds how long the components may take to end.
+// shutdownLimit bounds how long the components may take to end: the API server waits for clients that keep watches open.
 const shutdownLimit = 10 * time.Second
 
 type config struct {
@@ -114,24 +115,24 @@ func run(ctx context.Context, dir string, port int) error {
 	start("kube-scheduler", scheduler)
 	fmt.Println("ready", cfg.path("admin.kubeconfig"))
 
-	var first error
 	select {
-	case first = <-ended:
-		running--
-		if first == nil && ctx.Err() == nil {
-			first = errors.New("a component ended by itself")
+	case err := <-ended:
+		if ctx.Err() == nil {
+			// The others go down with the process.
+			return cmp.Or(err, errors.New("a component ended by itself"))
 		}
+		running--
 	case <-ctx.Done():
 	}
-	// A component that failed alone takes the process with it; the others are waited for only after a request to end.
-	limit := time.After(shutdownLimit)
-	for ; running > 0 && ctx.Err() != nil; running-- {
+	// Asked to end: what the components return now (the scheduler calls every end an error) says nothing.
+	for limit := time.After(shutdownLimit); running > 0; running-- {
 		select {
 		case <-ended:
 		case <-limit:
+			klog.InfoS("Components did not end in time: going without them", "components", running, "limit", shutdownLimit)
 			running = 1
 		}
 	}
 	klog.Flush()
-	return first
+	return nil
 }
