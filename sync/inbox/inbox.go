@@ -1,10 +1,6 @@
 package inbox
 
-import (
-	"context"
-
-	"github.com/longshore-edge/longshore/proto/longshorepb"
-)
+import "github.com/longshore-edge/longshore/proto/longshorepb"
 
 // ID names a record.
 type ID struct {
@@ -26,20 +22,4 @@ type Record struct {
 	Payload []byte
 	// Historical: sent from the backlog lane.
 	Historical bool
-}
-
-// Account is the books of one (edge, epoch, stream): Ranges of what is delivered and of what is ledgered, a pure value.
-type Account struct{}
-
-// Sink stores records together with the accounts, in one transaction, durably.
-// (implemented by cloudhub/internal/intake)
-type Sink interface {
-	Commit(ctx context.Context, b Batch) error
-}
-
-// Batch is what one commit holds.
-type Batch struct {
-	Records []Record
-	Losses  []*longshorepb.Loss
-	// further accounting: owner's choice
 }
