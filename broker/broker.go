@@ -1,12 +1,19 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	mqtt "github.com/mochi-mqtt/server/v2"
+	"golang.org/x/sync/errgroup"
 )
 
 // Identity is who a client is, as its credential proved.
@@ -107,58 +114,170 @@ type Config struct {
 }
 
 // Broker serves MQTT. Create it with New, then call Run once.
-type Broker struct{ impl any }
+type Broker struct {
+	cfg     Config
+	log     *slog.Logger
+	engine  *mqtt.Server
+	doors   []door
+	commits *commits
+	stats   counters
+	lastID  atomic.Uint64
 
-// New checks the configuration and opens the listeners, so that a taken port is an error here. It starts nothing.
-func New(cfg Config) (*Broker, error) { panic("TODO") }
+	fan      sync.Mutex          // held while one message is queued for all its subscribers
+	retained map[string]*message // guarded by fan
 
-// Run serves until ctx ends, then closes every connection and returns nil once all goroutines have ended.
-func (b *Broker) Run(ctx context.Context) error { panic("TODO") }
-
-// Addr returns the address of the listener of that name.
-func (b *Broker) Addr(name string) net.Addr { panic("TODO") }
-
-// WebSocket returns the handler that serves MQTT over WebSocket (subprotocol "mqtt"), to be mounted where the owner
-// wants it. It serves only while Run runs.
-func (b *Broker) WebSocket() http.Handler { panic("TODO") }
-
-// Publish fans a message out to subscribers as if a client had sent it, without Store. Safe for concurrent use.
-func (b *Broker) Publish(ctx context.Context, topic string, payload []byte, qos byte, retain bool) error {
-	panic("TODO")
+	mu       sync.RWMutex
+	sessions map[string]*session
+	open     int // connections being served
+	// ctx of Run, nil outside: what the WebSocket handler's connections live by.
+	running context.Context
+	served  sync.WaitGroup
 }
 
-// Stats are counters for metrics.
+const (
+	// maxRetained bounds retained topics.
+	maxRetained = 20_000
+	// maxQueuedBytes bounds what is queued for one client, besides MaxQueued.
+	maxQueuedBytes = 16 << 20
+	// maxPendingBytes bounds what waits for Store, of all clients together.
+	maxPendingBytes = 32 << 20
+	// maxInboundQoS is announced to MQTT 5 clients as Receive Maximum.
+	maxInboundQoS = 1024
+)
+
+// New checks the configuration and opens the listeners, so that a taken port is an error here. It starts nothing.
+func New(cfg Config) (*Broker, error) {
+	if cfg.Auth == nil {
+		return nil, errors.New("broker: no authenticator configured")
+	}
+	cfg = cfg.withDefaults()
+	b := &Broker{
+		cfg: cfg, log: cfg.Logger, commits: newCommits(maxPendingBytes),
+		retained: map[string]*message{}, sessions: map[string]*session{},
+	}
+	caps := mqtt.NewDefaultServerCapabilities()
+	caps.MaximumPacketSize = uint32(cfg.MaxPacket)
+	caps.MaximumMessageExpiryInterval = 0 // keep messages as long as their publisher wishes
+	caps.MaximumClientWritesPending = 1   // mochi's outbound channel is not used
+	caps.ReceiveMaximum = maxInboundQoS
+	caps.TopicAliasMaximum = 0 // aliases would reach the access check unresolved
+	caps.Compatibilities.NoInheritedPropertiesOnAck = true
+	b.engine = mqtt.New(&mqtt.Options{Capabilities: caps, Logger: slog.New(slog.DiscardHandler), SysTopicResendInterval: 1 << 31})
+	if err := b.engine.AddHook(&hook{b: b}, nil); err != nil {
+		return nil, fmt.Errorf("prepare broker: %w", err)
+	}
+	for _, l := range cfg.Listeners {
+		d, err := openDoor(l)
+		if err != nil {
+			for _, d := range b.doors {
+				_ = d.Close()
+			}
+			return nil, err
+		}
+		b.doors = append(b.doors, d)
+	}
+	return b, nil
+}
+
+func (cfg Config) withDefaults() Config {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
+	cfg.StallTimeout = cmp.Or(cfg.StallTimeout, 20*time.Second)
+	cfg.MaxConnectPacket = cmp.Or(cfg.MaxConnectPacket, 16<<10)
+	cfg.MaxPacket = cmp.Or(cfg.MaxPacket, 256<<10)
+	cfg.MaxConnections = cmp.Or(cfg.MaxConnections, 10_000)
+	cfg.MaxQueued = cmp.Or(cfg.MaxQueued, 8192)
+	cfg.MaxPending = cmp.Or(cfg.MaxPending, 256)
+	return cfg
+}
+
+// Run serves until ctx ends, then closes every connection and returns nil once all goroutines have ended.
+func (b *Broker) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	b.mu.Lock()
+	b.running = ctx
+	b.mu.Unlock()
+	for _, d := range b.doors {
+		g.Go(func() error { return b.acceptLoop(ctx, d) })
+	}
+	g.Go(func() error { return b.commit(ctx) })
+	g.Go(func() error { return b.keepHouse(ctx) })
+	g.Go(func() error {
+		<-ctx.Done()
+		b.mu.Lock()
+		b.running = nil
+		b.mu.Unlock()
+		b.served.Wait()
+		return nil
+	})
+	return g.Wait()
+}
+
+// admit counts a connection in and returns the ctx it lives by; the caller calls leave when it has ended. It says
+// false when the broker doesn't run or is full.
+func (b *Broker) admit() (ctx context.Context, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.running == nil || b.open >= b.cfg.MaxConnections {
+		b.stats.refused.Add(1)
+		return nil, false
+	}
+	b.open++
+	b.served.Add(1)
+	b.stats.accepted.Add(1)
+	return b.running, true
+}
+
+func (b *Broker) leave() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open--
+	b.served.Done()
+}
+
+// Addr returns the address of the listener of that name, or nil if there is none.
+func (b *Broker) Addr(name string) net.Addr {
+	for _, d := range b.doors {
+		if d.name == name {
+			return d.Addr()
+		}
+	}
+	return nil
+}
+
+// lookup returns the session of a key, or nil.
+func (b *Broker) lookup(key string) *session {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return b.sessions[key]
+}
+
+// Stats are counters for metrics; all but Connections only grow.
 type Stats struct {
-	Connections                                int64
-	Accepted, Refused, Stalled, Dropped        int64
+	// Connections now.
+	Connections int64
+	// Accepted connections; Refused connections, topics and messages; connections Stalled; messages Dropped.
+	Accepted, Refused, Stalled, Dropped int64
+	// Messages and bytes, QoS repetitions and protocol overhead included.
 	MessagesIn, MessagesOut, BytesIn, BytesOut int64
 }
 
 // Stats returns the current counters.
-func (b *Broker) Stats() Stats { panic("TODO") }
+func (b *Broker) Stats() Stats {
+	b.mu.RLock()
+	open := int64(b.open)
+	b.mu.RUnlock()
+	s := &b.stats
+	return Stats{
+		Connections: open,
+		Accepted:    s.accepted.Load(), Refused: s.refused.Load(), Stalled: s.stalled.Load(), Dropped: s.dropped.Load(),
+		MessagesIn: s.messagesIn.Load(), MessagesOut: s.messagesOut.Load(), BytesIn: s.bytesIn.Load(), BytesOut: s.bytesOut.Load(),
+	}
+}
 
-// Conn is one client's connection, as the owner of the virtual topics sees it. Safe for concurrent use.
-type Conn struct{ impl any }
-
-// ID is unique in this process.
-func (c *Conn) ID() uint64 { panic("TODO") }
-
-// ClientID of the CONNECT packet.
-func (c *Conn) ClientID() string { panic("TODO") }
-
-// Identity of the client.
-func (c *Conn) Identity() Identity { panic("TODO") }
-
-// Remote address.
-func (c *Conn) Remote() net.Addr { panic("TODO") }
-
-// Done is closed when the connection has ended.
-func (c *Conn) Done() <-chan struct{} { panic("TODO") }
-
-// Send writes one QoS 0 PUBLISH, straight to the socket, and blocks while the peer does not take bytes: that is the
-// back-pressure. Never call it from a method of Virtual. The unsent bytes in the kernel are kept small
-// (TCP_NOTSENT_LOWAT), so what is sent next does not queue behind much. retain is for answers to a subscribe.
-func (c *Conn) Send(topic string, payload []byte, retain bool) error { panic("TODO") }
-
-// Close ends the connection; reason goes to the log.
-func (c *Conn) Close(reason string) { panic("TODO") }
+type counters struct {
+	accepted, refused, stalled, dropped        atomic.Int64
+	messagesIn, messagesOut, bytesIn, bytesOut atomic.Int64
+}

@@ -1,0 +1,265 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/mochi-mqtt/server/v2/packets"
+)
+
+const (
+	// neverExpires is the MQTT 5 session expiry interval that means for ever.
+	neverExpires = math.MaxUint32
+	// farewellTimeout bounds how long a client is waited for to take its DISCONNECT.
+	farewellTimeout = time.Second
+)
+
+// errTakenOver says that a newer connection of the same client came.
+var errTakenOver = errors.New("the same client connected again")
+
+// serve runs one connection on the caller's goroutine, from the bytes before CONNECT to the last trace of it.
+// mqttConn carries MQTT bytes over w.
+func (b *Broker) serve(ctx context.Context, listener string, mqttConn net.Conn, w *wire, login Login) {
+	l := &link{Conn: mqttConn, wire: w, done: make(chan struct{})}
+	c := &Conn{
+		id: b.lastID.Add(1), broker: b, link: l, login: login,
+		slots: make(chan struct{}, b.cfg.MaxPending), wake: make(chan struct{}, 1), gone: make(chan struct{}),
+	}
+	l.conn = c
+	defer l.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close("broker stops") })
+	defer stop()
+
+	head, err := readConnectHeader(mqttConn, b.cfg.MaxConnectPacket)
+	if err != nil {
+		b.stats.refused.Add(1)
+		b.log.Info("connection refused", "listener", listener, "remote", login.Remote, "error", err)
+		return
+	}
+	l.head = head
+	err = b.engine.EstablishConnection(listener, l)
+	_ = l.Close()
+	if c.session != nil {
+		b.finish(ctx, c)
+	}
+	if reason := c.closeReason(); reason != "" {
+		err = errors.New(reason)
+	}
+	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, packets.CodeDisconnect) {
+		b.log.Debug("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote)
+		return
+	}
+	b.log.Info("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote, "error", err)
+}
+
+// claim makes c the owner of the client's session. An owner before it is closed and has left no goroutine when claim
+// returns; of several that wait only the newest gets it.
+func (b *Broker) claim(ctx context.Context, c *Conn, key string, clean bool) error {
+	for {
+		b.mu.Lock()
+		s := b.sessions[key]
+		if s == nil || s.owner == nil {
+			var will *message
+			if s != nil && clean {
+				will = b.discard(s)
+				s = nil
+			}
+			if s == nil {
+				s = newSession(key)
+				b.sessions[key] = s
+			} else {
+				c.present = true
+			}
+			s.owner = c
+			c.session = s
+			b.mu.Unlock()
+			b.submitWill(ctx, will)
+			return nil
+		}
+		if s.next != nil && s.next != c {
+			s.next.Close(errTakenOver.Error())
+		}
+		s.next = c
+		old := s.owner
+		b.mu.Unlock()
+
+		old.takeOver()
+		select {
+		case <-old.gone:
+		case <-c.link.done:
+			b.mu.Lock()
+			if s.next == c {
+				s.next = nil
+			}
+			b.mu.Unlock()
+			return errTakenOver
+		}
+	}
+}
+
+// takeOver closes c for a newer connection of its client, and tells an MQTT 5 client why if it takes that in time.
+func (c *Conn) takeOver() {
+	if c.client.Properties.ProtocolVersion == 5 {
+		written := make(chan struct{})
+		go func() {
+			defer close(written)
+			_ = c.client.WritePacket(packets.Packet{
+				FixedHeader: packets.FixedHeader{Type: packets.Disconnect}, ReasonCode: packets.ErrSessionTakenOver.Code,
+			})
+		}()
+		defer func() { <-written }()
+		select {
+		case <-written:
+		case <-time.After(farewellTimeout):
+		}
+	}
+	c.Close(errTakenOver.Error())
+}
+
+// finish ends c's hold on its session: the write goroutine has ended, the owner of the virtual topics was told, the
+// will is on its way, and the session stays or goes as the client asked.
+func (b *Broker) finish(ctx context.Context, c *Conn) {
+	if c.writer != nil {
+		<-c.writer
+	}
+	if c.established && b.cfg.Virtual != nil {
+		b.cfg.Virtual.Disconnected(c)
+	}
+	s := c.session
+	b.engine.Clients.Delete(s.key)
+	expiry := c.sessionExpiry()
+	s.detach(time.Now(), expiry)
+	if c.established && c.will != nil {
+		delay := time.Duration(c.willDelay) * time.Second
+		if expiry >= 0 {
+			delay = min(delay, expiry)
+		}
+		if delay > 0 {
+			s.leaveWill(c.will, time.Now().Add(delay))
+		} else {
+			b.submitWill(ctx, c.will)
+		}
+	}
+	b.mu.Lock()
+	s.owner = nil
+	var will *message
+	if expiry == 0 {
+		will = b.discard(s)
+	}
+	b.mu.Unlock()
+	b.submitWill(ctx, will)
+	close(c.gone)
+}
+
+// sessionExpiry is how long the session outlives the connection; negative: for ever.
+func (c *Conn) sessionExpiry() time.Duration {
+	p := c.client.Properties
+	switch {
+	case p.ProtocolVersion == 5 && p.Props.SessionExpiryInterval != neverExpires:
+		return time.Duration(p.Props.SessionExpiryInterval) * time.Second
+	case p.ProtocolVersion < 5 && p.Clean:
+		return 0
+	}
+	return -1
+}
+
+// discard forgets a session without owner. b.mu is held. It returns the delayed will, which is due now.
+func (b *Broker) discard(s *session) *message {
+	for filter := range s.subs.GetAll() {
+		b.engine.Topics.Unsubscribe(filter, s.key)
+		s.subs.Delete(filter)
+	}
+	delete(b.sessions, s.key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	will := s.will
+	s.will = nil
+	return will
+}
+
+// submitWill hands a will to Store like any other message. A nil will is none.
+func (b *Broker) submitWill(ctx context.Context, will *message) {
+	if will != nil {
+		b.commits.add(ctx.Done(), pending{m: will})
+	}
+}
+
+// keepHouse drops expired sessions and retained messages, and sends delayed wills, until ctx ends.
+func (b *Broker) keepHouse(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-tick.C:
+			for _, will := range b.sweepSessions(now) {
+				b.submitWill(ctx, will)
+			}
+			b.sweepRetained(now)
+		}
+	}
+}
+
+// sweepSessions discards expired sessions, and those longest away beyond MaxConnections. It returns the wills due.
+func (b *Broker) sweepSessions(now time.Time) (wills []*message) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var away []*session
+	for _, s := range b.sessions {
+		if s.owner != nil {
+			continue
+		}
+		expired, will := s.due(now)
+		if will != nil {
+			wills = append(wills, will)
+		}
+		if expired {
+			wills = b.drop(s, "session expired", wills)
+			continue
+		}
+		away = append(away, s)
+	}
+	if excess := len(away) - b.cfg.MaxConnections; excess > 0 {
+		slices.SortFunc(away, func(a, b *session) int { return a.awaySince.Compare(b.awaySince) })
+		for _, s := range away[:excess] {
+			wills = b.drop(s, "too many sessions of absent clients: the one longest away is forgotten", wills)
+		}
+	}
+	return wills
+}
+
+// drop discards a session whose client did not ask for it, and counts what it held.
+func (b *Broker) drop(s *session, why string, wills []*message) []*message {
+	lost := s.waitingMessages()
+	b.stats.dropped.Add(lost)
+	if will := b.discard(s); will != nil {
+		wills = append(wills, will)
+	}
+	if lost > 0 {
+		b.log.Warn("session of an absent client dropped", "client", clientOf(s.key), "reason", why, "messages", lost)
+	}
+	return wills
+}
+
+func (b *Broker) sweepRetained(now time.Time) {
+	b.fan.Lock()
+	defer b.fan.Unlock()
+	for name, m := range b.retained {
+		if m.expired(now) {
+			delete(b.retained, name)
+		}
+	}
+}
+
+// clientOf returns the client id in a session key.
+func clientOf(key string) string {
+	_, client, _ := strings.Cut(key, "\x00")
+	return client
+}
