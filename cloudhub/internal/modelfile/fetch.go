@@ -232,8 +232,10 @@ func (s *Store) get(ctx context.Context, src Source, f *os.File, h hash.Hash, ha
 			return fail(ReasonFetchFailed, "%s answered with the range %q, asked for was the one from byte %d", src.URI, resp.Header.Get("Content-Range"), have)
 		}
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
-		_, err := restart(f, h)
-		return fail(ReasonSizeMismatch, "%s ends before byte %d, the model says %d bytes: %w", src.URI, have, src.Size, errors.Join(err))
+		if _, err := restart(f, h); err != nil {
+			return err
+		}
+		return fail(ReasonSizeMismatch, "%s ends before byte %d, the model says %d bytes", src.URI, have, src.Size)
 	case resp.StatusCode != http.StatusOK:
 		return fail(ReasonFetchFailed, "%s answered %s", src.URI, resp.Status)
 	}
@@ -275,7 +277,7 @@ func (s *Store) makeRoom(part string, size int64) error {
 		if h, err := parseDigest(d); err == nil {
 			keep["sha256-"+h] = 0
 			keep["sha256-"+h+".part"] = 0
-			if e.busy {
+			if s.busy[d] {
 				keep["sha256-"+h+".part"] = e.sources[0].Size
 			}
 		}

@@ -72,13 +72,13 @@ type Store struct {
 
 	mu      sync.Mutex
 	entries map[string]*entry // by digest; wanted files only
+	busy    map[string]bool   // digests being fetched or hashed, also when they are not wanted any more
 }
 
 // entry is one wanted file. Store.mu guards it.
 type entry struct {
 	digest  string
 	sources []Source
-	busy    bool
 	tries   int
 	next    time.Time // no try before
 	done    int64
@@ -128,7 +128,7 @@ func New(cfg Config) (*Store, error) {
 	s := &Store{
 		cfg: cfg, log: cfg.Logger,
 		wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
-		entries: map[string]*entry{},
+		entries: map[string]*entry{}, busy: map[string]bool{},
 	}
 	if cfg.Dir != "" {
 		abs, err := filepath.Abs(cfg.Dir)
@@ -218,7 +218,7 @@ func (s *Store) Run(ctx context.Context) error {
 			case slots <- struct{}{}:
 			default:
 				s.mu.Lock()
-				e.busy = false
+				delete(s.busy, e.digest)
 				s.mu.Unlock()
 				continue // a finished try wakes the loop
 			}
@@ -239,14 +239,14 @@ func (s *Store) due(wait *time.Duration) []*entry {
 	now := time.Now()
 	var out []*entry
 	for _, e := range s.entries {
-		if e.busy || e.file != nil {
+		if s.busy[e.digest] || e.file != nil {
 			continue
 		}
 		if d := e.next.Sub(now); d > 0 {
 			*wait = min(*wait, d)
 			continue
 		}
-		e.busy = true
+		s.busy[e.digest] = true
 		out = append(out, e)
 	}
 	return out
@@ -265,7 +265,7 @@ func (s *Store) try(ctx context.Context, e *entry) {
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	e.busy = false
+	delete(s.busy, e.digest)
 	if ctx.Err() != nil {
 		return
 	}
