@@ -69,9 +69,6 @@ func newAgent(cfg Config, log *slog.Logger, logs *logRing) (a *agent, err error)
 	if err := a.openState(state); err != nil {
 		return a, err
 	}
-	if err := a.openDoors(state); err != nil {
-		return a, err
-	}
 	a.reconcile = reconcile.New(reconcile.Config{
 		Logger: log.With("part", "reconcile"), Store: a.store, Models: a.models, Runtime: a.runtime,
 	})
@@ -82,7 +79,10 @@ func newAgent(cfg Config, log *slog.Logger, logs *logRing) (a *agent, err error)
 		Account: a.account, AccountChanged: a.reconcile.Changed(),
 		Committed: a.reconcile.Wake, LinkUp: a.models.LinkUp, BacklogRate: int64(cfg.Telemetry.BacklogRate),
 	})
-	return a, err
+	if err != nil {
+		return a, err
+	}
+	return a, a.openDoors(state)
 }
 
 // openState opens what is kept on disk.
@@ -116,17 +116,7 @@ func (a *agent) openState(state stateDir) error {
 
 // openDoors opens every listener.
 func (a *agent) openDoors(state stateDir) error {
-	streams := make([]local.Stream, len(a.cfg.Streams))
-	for i, s := range a.cfg.Streams {
-		streams[i] = local.Stream{Name: s.Name, Topics: s.Topics}
-	}
 	var err error
-	a.broker, err = local.New(local.Config{
-		Logger: a.log.With("part", "broker"), Listen: a.cfg.Broker.Listen, Streams: streams, Outbox: a.outbox, Offer: a.models.Message,
-	})
-	if err != nil {
-		return fmt.Errorf("broker.listen: %w", err)
-	}
 	if a.http, err = net.Listen("tcp", a.cfg.HTTP.Listen); err != nil {
 		return fmt.Errorf("http.listen: %w: stop what uses this address, or set another (--http-listen)", err)
 	}
@@ -135,6 +125,17 @@ func (a *agent) openDoors(state stateDir) error {
 	}
 	if a.control, err = net.Listen("unix", state.socket()); err != nil {
 		return fmt.Errorf("open the agent's own socket: %w", err)
+	}
+	// The broker comes last: it closes its listener only when it runs.
+	streams := make([]local.Stream, len(a.cfg.Streams))
+	for i, s := range a.cfg.Streams {
+		streams[i] = local.Stream{Name: s.Name, Topics: s.Topics}
+	}
+	a.broker, err = local.New(local.Config{
+		Logger: a.log.With("part", "broker"), Listen: a.cfg.Broker.Listen, Streams: streams, Outbox: a.outbox, Offer: a.models.Message,
+	})
+	if err != nil {
+		return fmt.Errorf("broker.listen: %w", err)
 	}
 	return nil
 }

@@ -81,7 +81,7 @@ type ListStatus struct {
 	Synced    bool   `json:"synced"`
 	HaveBytes uint64 `json:"haveBytes"`
 	WantBytes uint64 `json:"wantBytes"`
-	// Error is why what the hub sent could not be stored.
+	// Error is why what the hub sent could not be stored, or was refused.
 	Error string `json:"error,omitempty"`
 }
 
@@ -241,10 +241,10 @@ func linkStatus(hub string, u uplink.Status) (LinkStatus, ListStatus) {
 	r := u.Replica
 	list := ListStatus{
 		Cluster: r.Cluster, Committed: digest(r.Committed), Target: digest(r.Target), Synced: r.Synced && u.Link.Connected,
-		HaveBytes: r.Have, WantBytes: r.Want,
+		HaveBytes: r.Have, WantBytes: r.Want, Error: r.Problem,
 	}
 	if u.StoreErr != nil {
-		list.Error = explainDisk(u.StoreErr).Error()
+		list.Error = "cannot store what the hub sends: " + explainDisk(u.StoreErr).Error()
 	}
 	return l, list
 }
@@ -283,7 +283,7 @@ func printStatus(w io.Writer, s Status) {
 	}
 	line("List:", "%s", listLine(s.List))
 	if s.List.Error != "" {
-		line("", "what the hub sends cannot be stored: %s", s.List.Error)
+		line("", "%s", s.List.Error)
 	}
 	line("Devices:", "MQTT on %s, %d connected, %d messages in, %d out", s.Devices.Listen, s.Devices.Connections, s.Devices.MessagesIn, s.Devices.MessagesOut)
 	line("Inference:", "http://%s/v2", s.HTTP)

@@ -88,7 +88,7 @@ func (b *Broker) Addr() net.Addr { return b.mq.Addr(listener) }
 
 // Publish fans a message of the agent's own out to local subscribers.
 func (b *Broker) Publish(ctx context.Context, name string, payload []byte) error {
-	return b.mq.Publish(ctx, name, payload, 0, false)
+	return b.mq.Publish(ctx, name, payload, 1, false)
 }
 
 // Stats returns the broker's counters.

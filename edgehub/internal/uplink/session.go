@@ -19,6 +19,7 @@ type session struct {
 	conn   *mqttconn.Session
 	number uint64
 	writer *writer
+	head   uint64 // counter of the newest head seen
 }
 
 func newSession(up *Uplink, conn *mqttconn.Session, number uint64) *session {
@@ -115,10 +116,16 @@ func (s *session) receive(m mqttconn.Message) {
 	}
 	s.up.mu.Lock()
 	err = s.up.replica.Receive(time.Now(), m.Topic, m.Payload)
+	st := s.up.replica.Status()
 	s.up.mu.Unlock()
 	if err != nil {
 		s.up.reject(m.Topic, err)
 	}
+	// Another head that names the list held: the hub has not heard that it is.
+	if st.Head > s.head && s.head > 0 && st.Synced {
+		s.writer.committed(st.Committed)
+	}
+	s.head = st.Head
 }
 
 // acknowledge gives back what the sink holds and opens the window again.

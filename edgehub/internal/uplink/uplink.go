@@ -121,22 +121,14 @@ func New(cfg Config) (*Uplink, error) {
 	if u.clocks, err = newClocks(cfg.Store, cfg.Logger); err != nil {
 		return nil, err
 	}
-	return u, u.load()
-}
-
-// load makes a replica that continues from what the store holds.
-func (u *Uplink) load() error {
-	stored, err := u.cfg.Store.Load()
+	stored, err := cfg.Store.Load()
 	if err != nil {
-		return fmt.Errorf("load desired state: %w", err)
+		return nil, fmt.Errorf("load desired state: %w", err)
 	}
-	r := desired.NewReplica(desired.ReplicaConfig{
-		Edge: u.cfg.Edge, EdgeKey: u.cfg.EdgeKey, HubKeys: u.cfg.HubKeys, AgentVersion: u.cfg.AgentVersion, Instance: u.instance,
+	u.replica = desired.NewReplica(desired.ReplicaConfig{
+		Edge: cfg.Edge, EdgeKey: cfg.EdgeKey, HubKeys: cfg.HubKeys, AgentVersion: cfg.AgentVersion, Instance: u.instance,
 	}, stored)
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.replica = r
-	return nil
+	return u, nil
 }
 
 // Run keeps the link until ctx ends. It returns an error only for a configuration that can never work.
@@ -169,11 +161,6 @@ func (u *Uplink) keep(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-time.After(pause):
-		}
-		if err := u.load(); err != nil {
-			u.setStoreErr(err)
-			pause = min(2*pause, storePauseMax)
-			continue
 		}
 		pause = min(2*pause, storePauseMax)
 	}

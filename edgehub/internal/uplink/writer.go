@@ -24,7 +24,7 @@ const (
 	// clockRoom is what a telemetry message's clock mapping may take of that.
 	clockRoom = 128
 	// maxSubscribes bounds SUBSCRIBE packets that wait for their SUBACK.
-	maxSubscribes = 16
+	maxSubscribes = 64
 	// lookAgain is how often the writer looks for what nothing tells it about: node figures, lost batches.
 	lookAgain = 5 * time.Second
 )
