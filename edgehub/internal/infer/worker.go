@@ -28,8 +28,10 @@ import (
 )
 
 const (
-	// workerConnections bounds requests under way in one worker; more wait.
-	workerConnections = 32
+	// workerConnections bounds requests under way in one worker, which takes no more; others wait.
+	workerConnections = 16
+	// keepAlive of idle connections, shorter than the worker's.
+	keepAlive = 30 * time.Second
 	// oomScore makes the kernel end a worker before the agent when memory runs out.
 	oomScore = "500"
 	// maxAnswer bounds what the manager itself reads of an answer of a worker.
@@ -44,6 +46,7 @@ type worker struct {
 	socket string
 	pid    int
 	client *http.Client
+	prober *http.Client
 	proxy  *httputil.ReverseProxy
 	count  *counters
 
@@ -147,9 +150,11 @@ func (w *worker) connect(buffers *bufferPool) {
 			return dialer.DialContext(ctx, "unix", w.socket)
 		},
 		MaxConnsPerHost: workerConnections, MaxIdleConnsPerHost: workerConnections,
-		IdleConnTimeout: time.Minute, DisableCompression: true,
+		IdleConnTimeout: keepAlive, DisableCompression: true,
 	}
 	w.client = &http.Client{Transport: transport}
+	// Probes don't wait behind requests.
+	w.prober = &http.Client{Transport: &http.Transport{DialContext: transport.DialContext, IdleConnTimeout: keepAlive}}
 	w.proxy = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "worker", "worker"
@@ -283,24 +288,25 @@ func (w *worker) stop(grace time.Duration) {
 	}
 	<-w.exited
 	w.client.CloseIdleConnections()
+	w.prober.CloseIdleConnections()
 	if err := os.Remove(w.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		w.log.Debug("remove socket of worker", "error", err)
 	}
 }
 
-// get fetches a path of the worker's protocol.
+// get fetches a path of the worker's protocol, beside the requests under way.
 func (w *worker) get(ctx context.Context, path string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://worker"+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	body, _, err := w.do(req)
+	body, _, err := w.do(w.prober, req)
 	return body, err
 }
 
 // do sends a request, and returns a successful answer's body and the size of its JSON part.
-func (w *worker) do(req *http.Request) (body []byte, header string, err error) {
-	resp, err := w.client.Do(req)
+func (w *worker) do(client *http.Client, req *http.Request) (body []byte, header string, err error) {
+	resp, err := client.Do(req)
 	if err != nil {
 		return nil, "", &transportError{err}
 	}
