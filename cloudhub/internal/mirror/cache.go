@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"errors"
 	"sync"
 	"time"
 
@@ -17,9 +18,6 @@ import (
 // waitForNamed is how long an edge's list waits for a ConfigMap or Secret that a pod names and the source has said
 // nothing about yet; then the list calls it absent.
 const waitForNamed = 2 * time.Second
-
-// maxObjectBytes bounds the canonical bytes of one object that an edge takes.
-const maxObjectBytes = 4 << 20
 
 // maxProblems bounds the problems that wait to be told; more are dropped, since they stand in the list as well.
 const maxProblems = 1024
@@ -127,6 +125,9 @@ func (c *Cache) Batch(f func(*Cache)) {
 // Synced says that the source's first state is complete: before it, no session is answered.
 func (c *Cache) Synced() {
 	defer c.lock()()
+	if c.s.synced {
+		return
+	}
 	now := time.Now()
 	for _, n := range c.s.named {
 		n.since = now
@@ -174,7 +175,7 @@ func (c *Cache) SetModel(m *v1alpha1.Model) {
 		entry.selector = labels.Nothing()
 	}
 	if entry.object, err = desired.FromModel(modelMessage(m)); err != nil {
-		c.problem(ref, "NotMirrored", err.Error())
+		c.problem(ref, problemReason(err), err.Error())
 		c.DeleteModel(m.Namespace, m.Name)
 		return
 	}
@@ -231,19 +232,11 @@ func (c *Cache) SetPod(p *corev1.Pod) {
 		}
 		c.s.dropPod(p.UID, old)
 	}
-	inner := &Cache{s: c.s, locked: true}
-	ref := ObjectRef{Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: p.UID}
-	switch {
-	case err != nil:
-		inner.problem(ref, "NotMirrored", err.Error())
-	case len(object.Body) > maxObjectBytes:
-		inner.problem(ref, "TooLarge", tooLarge(object))
-		entry.object = desired.Object{Ref: object.Ref, Digest: object.Digest}
-	default:
-		entry.object = object
-	}
-	if entry.object.Body == nil {
+	entry.object = object
+	if err != nil {
 		entry.refs = nil
+		inner := &Cache{s: c.s, locked: true}
+		inner.problem(ObjectRef{Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: p.UID}, problemReason(err), err.Error())
 	}
 	c.s.pods[p.UID] = entry
 	if c.s.byEdge[entry.edge] == nil {
@@ -298,28 +291,22 @@ func (s *state) collect(r Reference, n *namedEntry) {
 // SetConfigMap adds or replaces a ConfigMap.
 func (c *Cache) SetConfigMap(m *corev1.ConfigMap) {
 	object, err := desired.FromConfigMap(m)
-	c.setNamed(Reference{longshorepb.Kind_KIND_CONFIG_MAP, m.Namespace, m.Name}, object, nil, err)
+	c.setNamed(Reference{longshorepb.Kind_KIND_CONFIG_MAP, m.Namespace, m.Name}, object, nil,
+		ObjectRef{Kind: "ConfigMap", Namespace: m.Namespace, Name: m.Name, UID: m.UID}, err)
 }
 
 // SetSecret adds or replaces a Secret.
 func (c *Cache) SetSecret(s *corev1.Secret) {
 	// The identity under a constant key only tells whether it changed; it never leaves this process.
 	object, err := desired.FromSecret(s, [32]byte{})
-	c.setNamed(Reference{longshorepb.Kind_KIND_SECRET, s.Namespace, s.Name}, object, s, err)
+	c.setNamed(Reference{longshorepb.Kind_KIND_SECRET, s.Namespace, s.Name}, object, s,
+		ObjectRef{Kind: "Secret", Namespace: s.Namespace, Name: s.Name, UID: s.UID}, err)
 }
 
-func (c *Cache) setNamed(r Reference, object desired.Object, secret *corev1.Secret, err error) {
+func (c *Cache) setNamed(r Reference, object desired.Object, secret *corev1.Secret, ref ObjectRef, err error) {
 	if err != nil {
 		c.SetAbsent(r.Kind, r.Namespace, r.Name, "cannot be mirrored: "+err.Error())
-		return
-	}
-	if len(object.Body) > maxObjectBytes {
-		c.SetAbsent(r.Kind, r.Namespace, r.Name, tooLarge(object))
-		kind := "ConfigMap"
-		if secret != nil {
-			kind = "Secret"
-		}
-		c.problem(ObjectRef{Kind: kind, Namespace: r.Namespace, Name: r.Name, UID: types.UID(object.UID)}, "TooLarge", tooLarge(object))
+		c.problem(ref, problemReason(err), err.Error())
 		return
 	}
 	if secret != nil {
@@ -393,6 +380,13 @@ func (c *Cache) problem(ref ObjectRef, reason, message string) {
 		c.s.problems = append(c.s.problems, problem{ref, reason, message})
 	}
 	wake(c.s.hasProblems)
+}
+
+func problemReason(err error) string {
+	if errors.Is(err, desired.ErrTooLarge) {
+		return "TooLarge"
+	}
+	return "NotMirrored"
 }
 
 func (c *Cache) takeProblems() []problem {

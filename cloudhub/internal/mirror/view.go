@@ -2,7 +2,6 @@ package mirror
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 	"time"
 
@@ -151,7 +150,7 @@ func (v *View) namedEntry(r Reference, n *namedEntry) *longshorepb.Entry {
 		}
 		reason = "cannot be mirrored: " + err.Error()
 	}
-	return &longshorepb.Entry{Kind: r.Kind, Namespace: r.Namespace, Name: r.Name, Absent: true, Reason: reason}
+	return desired.AbsentEntry(r.Kind, r.Namespace, r.Name, reason)
 }
 
 // open returns the object of an entry that is there, a Secret with its digest under this edge's key.
@@ -262,8 +261,4 @@ func modelMessage(m *v1alpha1.Model) *longshorepb.Model {
 		out.Bindings = append(out.Bindings, &longshorepb.ModelBinding{Input: b.Input, Output: b.Output, Stream: b.Stream})
 	}
 	return out
-}
-
-func tooLarge(o desired.Object) string {
-	return fmt.Sprintf("is %d bytes, an edge takes at most %d: make it smaller", len(o.Body), maxObjectBytes)
 }

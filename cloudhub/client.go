@@ -1,0 +1,77 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// client asks a running hub.
+type client struct {
+	address   string
+	tokenFile string
+	settings  *pflag.FlagSet
+}
+
+// flags declares how to reach the hub.
+func (c *client) flags() *pflag.FlagSet {
+	f := pflag.NewFlagSet("client", pflag.ContinueOnError)
+	f.StringVar(&c.address, "api", "http://127.0.0.1:8080", "`address` of the hub (environment LONGSHORE_API)")
+	f.StringVar(&c.tokenFile, "api-token-file", "", "`file` with the bearer token of the API (environment LONGSHORE_API_TOKEN_FILE)")
+	c.settings = f
+	return f
+}
+
+// get asks for a path; the caller closes the body.
+func (c *client) get(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
+	if err := fill(c.settings, "", os.LookupEnv); err != nil {
+		return nil, usageError{err}
+	}
+	if !strings.Contains(c.address, "://") {
+		c.address = "http://" + c.address
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimRight(c.address, "/")+path+"?"+query.Encode(), nil)
+	if err != nil {
+		return nil, usagef("--api %q: %w", c.address, err)
+	}
+	if c.tokenFile != "" {
+		token, err := readToken(c.tokenFile)
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("no answer from the hub: %w (is \"cloudhub run\" running? name its --http address with --api)", err)
+	}
+	if res.StatusCode == http.StatusOK {
+		return res.Body, nil
+	}
+	defer res.Body.Close()
+	text, _ := io.ReadAll(io.LimitReader(res.Body, 4<<10))
+	err = fmt.Errorf("the hub says: %s (%s)", strings.TrimSpace(string(text)), res.Status)
+	if res.StatusCode == http.StatusBadRequest || res.StatusCode == http.StatusUnauthorized {
+		return nil, usageError{err}
+	}
+	return nil, err
+}
+
+func (c *client) getJSON(ctx context.Context, path string, query url.Values, into any) error {
+	body, err := c.get(ctx, path, query)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(into); err != nil {
+		return fmt.Errorf("read the hub's answer: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,208 @@
+package enrol
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/longshore-edge/longshore/broker"
+	"github.com/longshore-edge/longshore/sync/topic"
+)
+
+// tokenBytes is the size of a token before encoding: 256 bits.
+const tokenBytes = 32
+
+// ErrEnrolled says that an edge has a token already.
+var ErrEnrolled = errors.New("is enrolled already")
+
+// Tokens is the file of enrolled edges: a line per edge, its name and the SHA-256 of its token in hexadecimal. The file is
+// read again whenever it changed, so that enrolling needs no restart. Safe for concurrent use.
+type Tokens struct {
+	path   string
+	access func(edge string) broker.Access
+
+	mu   sync.Mutex
+	seen fs.FileInfo // of the content that keys are; nil if there is no file
+	keys map[string][sha256.Size]byte
+}
+
+// OpenTokens reads the file; one that does not exist yet counts as empty. access gives the rights of an edge.
+func OpenTokens(path string, access func(edge string) broker.Access) (*Tokens, error) {
+	t := &Tokens{path: path, access: access}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t, t.refresh()
+}
+
+var _ broker.Authenticator = (*Tokens)(nil)
+
+// Authenticate implements broker.Authenticator: the user name is the edge's name, the password its token.
+func (t *Tokens) Authenticate(_ context.Context, l broker.Login) (broker.Identity, error) {
+	return t.identify(l.Username, string(l.Password))
+}
+
+// Bearer returns the edge that an HTTP request proves to come from: "Authorization: Bearer <edge>:<token>".
+func (t *Tokens) Bearer(r *http.Request) (broker.Identity, error) {
+	text, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if !ok {
+		return broker.Identity{}, errors.New("no bearer token")
+	}
+	edge, token, _ := strings.Cut(text, ":")
+	return t.identify(edge, token)
+}
+
+func (t *Tokens) identify(edge, token string) (broker.Identity, error) {
+	raw, err := base64.RawURLEncoding.DecodeString(token)
+	if err != nil || len(raw) != tokenBytes {
+		return broker.Identity{}, fmt.Errorf("edge %q presented no token of 256 bits", edge)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.refresh(); err != nil && t.keys == nil {
+		return broker.Identity{}, err
+	}
+	key := sha256.Sum256(raw)
+	want, enrolled := t.keys[edge]
+	if !enrolled {
+		return broker.Identity{}, fmt.Errorf("edge %q is not enrolled", edge)
+	}
+	// Comparing hashes of a random 256-bit secret leaks nothing that helps to find it.
+	if key != want {
+		return broker.Identity{}, fmt.Errorf("edge %q presented a wrong token", edge)
+	}
+	return broker.Identity{Name: edge, Key: key[:], Access: t.access(edge)}, nil
+}
+
+// refresh reads the file if it changed; the caller holds mu. After an error the earlier tokens stand.
+func (t *Tokens) refresh() error {
+	st, err := os.Stat(t.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		t.seen, t.keys = nil, map[string][sha256.Size]byte{}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read token file: %w", err)
+	}
+	if t.seen != nil && os.SameFile(st, t.seen) && st.ModTime().Equal(t.seen.ModTime()) && st.Size() == t.seen.Size() {
+		return nil
+	}
+	content, err := os.ReadFile(t.path)
+	if err != nil {
+		return fmt.Errorf("read token file: %w", err)
+	}
+	keys, err := parseTokens(content)
+	if err != nil {
+		return fmt.Errorf("token file %s: %w", t.path, err)
+	}
+	t.seen, t.keys = st, keys
+	return nil
+}
+
+func parseTokens(content []byte) (map[string][sha256.Size]byte, error) {
+	keys := map[string][sha256.Size]byte{}
+	lines := bufio.NewScanner(bytes.NewReader(content))
+	for n := 1; lines.Scan(); n++ {
+		line := strings.TrimSpace(lines.Text())
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		f := strings.Fields(line)
+		if len(f) != 2 {
+			return nil, fmt.Errorf("line %d: want \"<edge> <sha256 in hexadecimal>\"", n)
+		}
+		if err := topic.ValidEdge(f[0]); err != nil {
+			return nil, fmt.Errorf("line %d: %w", n, err)
+		}
+		key, err := hex.DecodeString(f[1])
+		if err != nil || len(key) != sha256.Size {
+			return nil, fmt.Errorf("line %d: the hash of edge %s is not 64 hexadecimal digits", n, f[0])
+		}
+		if _, twice := keys[f[0]]; twice {
+			return nil, fmt.Errorf("line %d: edge %s is there twice", n, f[0])
+		}
+		keys[f[0]] = [sha256.Size]byte(key)
+	}
+	return keys, lines.Err()
+}
+
+// Enroll makes a token for an edge and adds its hash to the file, whether or not a hub runs. An edge that has a token
+// already is ErrEnrolled, unless replace is set: then its old token ends.
+func Enroll(path, edge string, replace bool) (token string, err error) {
+	if err := topic.ValidEdge(edge); err != nil {
+		return "", err
+	}
+	unlock, err := lockFile(path + ".lock")
+	if err != nil {
+		return "", fmt.Errorf("lock token file: %w", err)
+	}
+	defer unlock()
+	content, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("read token file: %w", err)
+	}
+	keys, err := parseTokens(content)
+	if err != nil {
+		return "", fmt.Errorf("token file %s: %w", path, err)
+	}
+	lines := strings.Split(strings.TrimRight(string(content), "\n"), "\n")
+	if _, enrolled := keys[edge]; enrolled {
+		if !replace {
+			return "", fmt.Errorf("edge %s %w", edge, ErrEnrolled)
+		}
+		lines = slices.DeleteFunc(lines, func(l string) bool { f := strings.Fields(l); return len(f) == 2 && f[0] == edge })
+	}
+	raw := make([]byte, tokenBytes)
+	rand.Read(raw)
+	hash := sha256.Sum256(raw)
+	lines = append(lines, edge+" "+hex.EncodeToString(hash[:]))
+	text := strings.TrimLeft(strings.Join(lines, "\n")+"\n", "\n")
+	if err := writeFile(path, []byte(text)); err != nil {
+		return "", fmt.Errorf("write token file: %w", err)
+	}
+	return base64.RawURLEncoding.EncodeToString(raw), nil
+}
+
+// lockFile waits for an exclusive lock.
+func lockFile(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// writeFile replaces a file of mode 0600, so that a power cut leaves the old or the new content.
+func writeFile(path string, content []byte) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(content)
+	if err == nil {
+		err = tmp.Sync()
+	}
+	if err = errors.Join(err, tmp.Close()); err != nil {
+		return err
+	}
+	return os.Rename(tmp.Name(), path)
+}

@@ -1,0 +1,58 @@
+package main
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+// registry reads the counters of the parts when it is scraped. No metric carries the name of an edge.
+func (h *hub) registry() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	counter := func(name, help string, read func() uint64) {
+		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Namespace: "longshore", Name: name, Help: help},
+			func() float64 { return float64(read()) }))
+	}
+	gauge := func(name, help string, read func() int64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "longshore", Name: name, Help: help},
+			func() float64 { return float64(read()) }))
+	}
+	b, m := h.broker.Stats, h.mirror.Stats
+	gauge("connections", "MQTT connections.", func() int64 { return b().Connections })
+	counter("connections_accepted_total", "MQTT connections accepted.", func() uint64 { return uint64(b().Accepted) })
+	counter("connections_refused_total", "MQTT connections refused.", func() uint64 { return uint64(b().Refused) })
+	counter("connections_stalled_total", "MQTT connections closed because the peer took no bytes.", func() uint64 { return uint64(b().Stalled) })
+	counter("broker_dropped_total", "Messages the broker dropped because a client's queue was full.", func() uint64 { return uint64(b().Dropped) })
+	counter("received_bytes_total", "Bytes received over MQTT.", func() uint64 { return uint64(b().BytesIn) })
+	counter("sent_bytes_total", "Bytes sent over MQTT.", func() uint64 { return uint64(b().BytesOut) })
+
+	gauge("sessions", "Edge hubs connected.", func() int64 { return m().Sessions })
+	gauge("sessions_in_sync", "Edge hubs connected that hold the newest list.", func() int64 { return m().InSync })
+	counter("sessions_opened_total", "Sessions opened.", func() uint64 { return m().Opened })
+	counter("sessions_refused_total", "Connections of enrolled edges closed for a reason.", func() uint64 { return m().Refused })
+	counter("sessions_superseded_total", "Instances told that another one with the same identity took over.", func() uint64 { return m().Superseded })
+	counter("heads_total", "Signed heads sent.", func() uint64 { return m().Heads })
+	counter("chunks_total", "Messages with objects sent.", func() uint64 { return m().Chunks })
+	counter("fetches_total", "Objects asked for by edges.", func() uint64 { return m().Fetches })
+	counter("plain_messages_total", "Plain JSON messages sent.", func() uint64 { return m().Plain })
+	counter("acks_total", "Telemetry acknowledgements sent.", func() uint64 { return m().Acks })
+	counter("proofs_total", "Views of an edge proved against the source.", func() uint64 { return m().Proofs })
+	counter("proofs_failed_total", "Proofs that failed; the edge is sent no change meanwhile.", func() uint64 { return m().ProofsFailed })
+	counter("telemetry_messages_total", "Telemetry messages received.", func() uint64 { return m().Telemetry })
+	counter("telemetry_refused_total", "Telemetry messages not taken; edges send them again.", func() uint64 { return m().TelemetryRefused })
+	counter("reports_refused_total", "Reports of edges ignored in whole or in part.", func() uint64 { return m().ReportsRefused })
+
+	file := func(name, help string, ready bool) {
+		gauge(name, help, func() (n int64) {
+			for _, s := range h.files.Status() {
+				if s.Ready == ready {
+					n++
+				}
+			}
+			return n
+		})
+	}
+	file("model_files_ready", "Model files that edges can fetch.", true)
+	file("model_files_missing", "Model files that a Model names and that are not here (yet).", false)
+	return r
+}

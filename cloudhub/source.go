@@ -1,0 +1,26 @@
+package main
+
+import (
+	"context"
+
+	"github.com/longshore-edge/longshore/cloudhub/internal/manifest"
+	"github.com/longshore-edge/longshore/cloudhub/internal/mirror"
+)
+
+// source is where specs come from and reports go.
+type source interface {
+	mirror.Upstream
+	Run(ctx context.Context) error
+	// Ready reports why the source cannot be trusted to be up to date, nil if it can.
+	Ready() error
+	ClusterUID(ctx context.Context) (string, error)
+}
+
+func (h *hub) newSource() (source, error) {
+	log := h.log.With("part", h.cfg.Source)
+	if h.cfg.Source == "kubernetes" {
+		return nil, usagef("--source kubernetes: not built in yet")
+	}
+	return manifest.New(manifest.Config{Dir: h.cfg.Manifests, Logger: log, Cache: h.cache, DataDir: h.cfg.Data})
+}
+
