@@ -20,6 +20,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/longshore-edge/longshore/sync/frame"
 	"github.com/longshore-edge/longshore/sync/outbox"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -119,8 +120,8 @@ func (s *Stream) UnmarshalYAML(n *yaml.Node) error {
 }
 
 func (s *Stream) validate() error {
-	if s.Name == "" || len(s.Name) > 128 || strings.ContainsAny(s.Name, "/ \t\n\x00") {
-		return errors.New("a name of 1 to 128 characters without spaces and '/' is needed")
+	if err := frame.ValidStream(s.Name); err != nil {
+		return err
 	}
 	for _, f := range s.Topics {
 		if err := topic.ValidFilter(f); err != nil {

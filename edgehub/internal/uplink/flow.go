@@ -113,7 +113,7 @@ func (f *flow) lost(now time.Time) bool {
 }
 
 // rewind forgets what is in flight; the caller reads it again.
-func (f *flow) rewind(time.Time) {
+func (f *flow) rewind() {
 	f.batches, f.outstanding, f.window = nil, 0, windowMin
 	f.patience = min(2*f.patience, lossMax)
 }

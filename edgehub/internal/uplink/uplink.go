@@ -145,6 +145,7 @@ func (u *Uplink) keep(ctx context.Context) error {
 	pause := storePauseMin
 	for {
 		cause, err := u.connect(ctx)
+		u.disconnected(cause)
 		var se *storeError
 		switch {
 		case err != nil || ctx.Err() != nil:
@@ -188,6 +189,11 @@ func (u *Uplink) setLink(s mqttconn.State) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.status.Link = s
+}
+
+// disconnected notes that nothing tries to connect now.
+func (u *Uplink) disconnected(cause error) {
+	u.setLink(mqttconn.State{Since: time.Now(), Err: cause})
 }
 
 func (u *Uplink) setStoreErr(err error) {

@@ -44,8 +44,9 @@ type writer struct {
 
 	reports       [][]byte // serialized, not sent yet
 	live, backlog *outbox.Reader
-	next          []*longshorepb.Telemetry // read and not sent yet: one of the backlog lane at most
-	limit         *rate.Limiter            // of the backlog lane; bytes
+	next          *longshorepb.Telemetry // of the backlog lane, read and not sent yet
+	readAgain     time.Time              // no reading before
+	limit         *rate.Limiter          // of the backlog lane; bytes
 	subscribes    *semaphore.Weighted
 }
 
@@ -238,7 +239,7 @@ func (w *writer) publish(ctx context.Context, kind topic.Kind, payload []byte) e
 func (w *writer) telemetry(ctx context.Context, now time.Time) (sent bool, wait time.Duration, err error) {
 	w.up.mu.Lock()
 	if w.flow.lost(now) {
-		w.flow.rewind(now)
+		w.flow.rewind()
 		w.live, w.backlog = w.up.cfg.Outbox.NewReaders()
 		w.next = nil
 	}
@@ -246,35 +247,38 @@ func (w *writer) telemetry(ctx context.Context, now time.Time) (sent bool, wait 
 	w.up.mu.Unlock()
 
 	if live {
-		t, err := w.live.Next(size - clockRoom)
-		if err != nil {
-			return false, 0, fmt.Errorf("read outbox: %w", err)
-		}
-		if t != nil {
+		if t := w.read(w.live, size, now); t != nil {
 			return true, 0, w.send(ctx, t)
 		}
 	}
-	if !backlog {
+	if backlog && w.next == nil {
+		w.next = w.read(w.backlog, size, now)
+	}
+	if !backlog || w.next == nil {
 		return false, lookAgain, nil
 	}
-	if len(w.next) == 0 {
-		t, err := w.backlog.Next(size - clockRoom)
-		if err != nil {
-			return false, 0, fmt.Errorf("read outbox: %w", err)
-		}
-		if t == nil {
-			return false, lookAgain, nil
-		}
-		w.next = append(w.next, t)
-	}
-	r := w.limit.ReserveN(now, proto.Size(w.next[0]))
+	r := w.limit.ReserveN(now, proto.Size(w.next))
 	if d := r.DelayFrom(now); d > 0 {
 		r.CancelAt(now)
 		return false, d, nil
 	}
-	t := w.next[0]
+	t := w.next
 	w.next = nil
 	return true, 0, w.send(ctx, t)
+}
+
+// read returns a lane's next message, nil if there is none. An outbox that cannot be read is left alone for a while; it
+// keeps neither specs nor reports from flowing.
+func (w *writer) read(lane *outbox.Reader, size int, now time.Time) *longshorepb.Telemetry {
+	if now.Before(w.readAgain) {
+		return nil
+	}
+	t, err := lane.Next(size - clockRoom)
+	if err != nil {
+		w.readAgain = now.Add(lookAgain)
+		w.up.cfg.Logger.Error("cannot read telemetry that waits; will try again", "error", err)
+	}
+	return t
 }
 
 func (w *writer) send(ctx context.Context, t *longshorepb.Telemetry) error {
