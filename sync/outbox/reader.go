@@ -39,7 +39,6 @@ type Reader struct {
 	told map[*loss]bool
 	seen uint64
 	part *part
-	sent []sent
 	buf  []byte
 }
 
@@ -60,16 +59,10 @@ type part struct {
 	off         int
 }
 
-// sent is a run of records of one message.
-type sent struct {
-	t           *track
-	first, last uint64
-	bytes       int
-}
-
 // NewReaders returns the readers of a new session: the backlog lane from the oldest record not acknowledged up to here,
 // the live lane from here on. Both together cover every record; what the live lane could not send before its connection
-// ended is the next session's backlog.
+// ended is the next session's backlog. New readers are also the way to send again what a hub past its bounds dropped:
+// take them when acknowledgements do not come for longer than a round trip to the sink may take.
 func (l *Log) NewReaders() (live, backlog *Reader) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -78,40 +71,11 @@ func (l *Log) NewReaders() (live, backlog *Reader) {
 		split[name] = t.next
 	}
 	reader := func(live bool) *Reader {
-		r := &Reader{log: l, live: live, now: l.current(), split: split}
-		r.rewind()
-		return r
+		return &Reader{
+			log: l, live: live, now: l.current(), split: split, cursors: map[*track]*cursor{}, told: map[*loss]bool{},
+		}
 	}
 	return reader(true), reader(false)
-}
-
-// Rewind starts the Reader's lane again at the oldest record not acknowledged. Call it when InFlight has not gone down
-// for longer than a round trip to the sink may take: a hub past its bounds drops messages and expects them again.
-func (r *Reader) Rewind() {
-	r.log.mu.Lock()
-	defer r.log.mu.Unlock()
-	r.rewind()
-}
-
-func (r *Reader) rewind() {
-	r.cursors, r.told, r.seen = map[*track]*cursor{}, map[*loss]bool{}, 0
-	r.part, r.sent = nil, nil
-}
-
-// InFlight is how many bytes of frames this Reader has handed out that are neither acknowledged nor dropped. It is what a
-// caller bounds.
-func (r *Reader) InFlight() int64 {
-	r.log.mu.Lock()
-	defer r.log.mu.Unlock()
-	var n int64
-	r.sent = slices.DeleteFunc(r.sent, func(s sent) bool {
-		if s.t.done.Contains(s.first, s.last) {
-			return true
-		}
-		n += int64(s.bytes)
-		return false
-	})
-	return n
 }
 
 // Next returns the next message to send, at most maxBytes serialized (never above 16 KiB, at least 512); nil if there is none
@@ -233,7 +197,7 @@ func (r *Reader) fill(b *builder, t *track, start, end uint64) (err error) {
 	}
 	c.seq = max(c.seq, start)
 	left := b.begin(t)
-	run := sent{t: t, first: c.seq}
+	added := false
 	var f file
 	var open *segment
 	w := window{buf: r.buf, seed: seed(t.epoch.id, t.stream)}
@@ -242,11 +206,10 @@ func (r *Reader) fill(b *builder, t *track, start, end uint64) (err error) {
 		if f != nil {
 			err = errors.Join(err, f.Close())
 		}
-		if run.bytes > 0 {
+		if added {
 			r.log.mu.Lock()
 			b.stream(t, t.low())
 			r.log.mu.Unlock()
-			r.sent = append(r.sent, run)
 			r.turn = t.stream
 		}
 	}()
@@ -302,10 +265,7 @@ func (r *Reader) fill(b *builder, t *track, start, end uint64) (err error) {
 		b.m.Frames = append(b.m.Frames, slices.Clone(found.body))
 		b.used += frameSize(int(found.size))
 		left -= frameSize(int(found.size))
-		if run.bytes == 0 {
-			run.first = found.first
-		}
-		run.last, run.bytes = found.last(), run.bytes+int(found.size)
+		added = true
 		c.seq, c.off = found.last()+1, found.end()
 	}
 }
@@ -389,7 +349,6 @@ func (r *Reader) nextPart(maxBytes int) *longshorepb.Telemetry {
 		Stream: p.t.stream, First: p.first, Offset: uint32(p.off), Total: uint32(len(p.body)), Data: p.body[p.off : p.off+n],
 	}
 	p.off += n
-	r.sent = append(r.sent, sent{p.t, p.first, p.last, n})
 	r.turn = p.t.stream
 	if p.off == len(p.body) {
 		r.part = nil
