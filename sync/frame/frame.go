@@ -137,6 +137,26 @@ func parseRecord(b []byte) (r Record, err error) {
 	return r, nil
 }
 
+// BootID reads the boot id of a serialized frame without its records.
+func BootID(b []byte) (string, error) {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return "", protowire.ParseError(n)
+		}
+		b = b[n:]
+		if num == 4 && typ == protowire.BytesType {
+			v, n := protowire.ConsumeBytes(b)
+			return string(v), protowire.ParseError(min(n, 0))
+		}
+		if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
+			return "", protowire.ParseError(n)
+		}
+		b = b[n:]
+	}
+	return "", nil
+}
+
 // AppendRecord appends r to serialized longshorepb.Records.
 func AppendRecord(b []byte, r Record) []byte {
 	size := 0

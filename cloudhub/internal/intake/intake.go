@@ -2,78 +2,316 @@ package intake
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"strings"
+	"sync"
 	"time"
 
+	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+	"golang.org/x/sys/unix"
+
 	"github.com/longshore-edge/longshore/proto/longshorepb"
-	"github.com/longshore-edge/longshore/sync/inbox"
+	"github.com/longshore-edge/longshore/sync/frame"
 )
 
 // Config of the embedded store.
 type Config struct {
 	Logger *slog.Logger
 	Dir    string
-	// Retention of records by age (30 days) and bytes (4 GiB); the accounting is kept.
+	// Retention of records by age since they came (30 days) and bytes as stored (4 GiB); the accounting is kept. The files may
+	// be larger by what is deleted and not yet compacted.
 	MaxAge   time.Duration
 	MaxBytes int64
-	// PendingBytes bounds telemetry received and not yet committed, over all edges (32 MiB); past it edges are slowed.
+	// PendingBytes bounds telemetry received and not yet committed, over all edges (32 MiB); past it edges are slowed. One edge
+	// may have an eighth of it.
 	PendingBytes int64
+	// MinFreeBytes of disk space below which nothing is taken in (256 MiB).
+	MinFreeBytes int64
 }
+
+// ErrBusy says that a message was dropped because too much waits to be committed; the edge sends it again.
+var ErrBusy = errors.New("too much telemetry waits to be stored")
+
+// ErrClosed says that the store is closed.
+var ErrClosed = errors.New("telemetry store is closed")
+
+const (
+	// groupBytes and groupUnits bound what one transaction holds; shareBytes what one edge has of it.
+	groupBytes = 1 << 20
+	groupUnits = 1000
+	shareBytes = 256 << 10
+	// retryFirst and retryMax are the pauses after a commit that failed.
+	retryFirst = 500 * time.Millisecond
+	retryMax   = 30 * time.Second
+	// retainEvery is the time between two looks at retention.
+	retainEvery = time.Minute
+)
 
 // Intake is the cloud side of telemetry with the embedded Badger sink. Safe for concurrent use.
-type Intake struct{}
+type Intake struct {
+	cfg     Config
+	db      *badger.DB
+	encoder *frame.Encoder
+	decoder *frame.Decoder
+	// kick is a 1-slot signal: something is queued.
+	kick chan struct{}
 
-// Open opens the store; errors say what to do.
-func Open(cfg Config) (*Intake, error) { panic("TODO") }
+	// life is held for reading while the store is used, for writing to close it.
+	life   sync.RWMutex
+	closed bool
 
-// Run commits what Receive queued, until ctx ends; then closes the store.
-func (i *Intake) Run(ctx context.Context) error { panic("TODO") }
+	// mu guards what follows and the fields of edges and sessions that say so.
+	mu    sync.Mutex
+	edges map[string]*edge
+	// busy are the edges with something queued, in the order of their turns.
+	busy []*edge
+	// pending bytes over all edges.
+	pending int64
 
-// Session is one edge's connection.
-type Session struct{}
-
-// Session starts one; ack is called (never concurrently, from Run's goroutines, must not block) whenever there is something
-// new to acknowledge to this edge: it wakes the sender, which then calls Ack.
-func (i *Intake) Session(edge string, hello *longshorepb.Hello, wake func()) *Session { panic("TODO") }
-
-// Receive queues one telemetry message. It never blocks; past the bounds it drops the message and says so with an error (the edge sends
-// it again, since it is not acknowledged). A malformed message is an error for the log and changes nothing.
-func (s *Session) Receive(payload []byte) error { panic("TODO") }
-
-// Ack returns the acknowledgement to send now (at most 16 KiB serialized), nil if nothing is new. full asks for the state of
-// every epoch the Hello named.
-func (s *Session) Ack(full bool) *longshorepb.Ack { panic("TODO") }
-
-// Close ends the session.
-func (s *Session) Close() { panic("TODO") }
-
-// Query selects records.
-type Query struct {
-	Edge, Stream string // empty = all
-	From, To     time.Time
-	Limit        int
+	// Only Run uses what follows.
+	stored  int64 // bytes of records in the store
+	freed   int64 // bytes deleted since the last compaction
+	counter uint64
 }
 
-// Records streams records in order of (edge, stream, epoch start, sequence) to f until f returns an error.
-func (i *Intake) Records(ctx context.Context, q Query, f func(inbox.Record) error) error {
-	panic("TODO")
+// edge is what is known of an edge that is connected or has something queued.
+type edge struct {
+	name string
+	// Guarded by Intake.mu.
+	sessions map[*Session]bool
+	queue    []*unit
+	queued   int64
+	// accounts as committed; never changed, only replaced.
+	accounts map[accountID]*account
+
+	// Only Run uses what follows.
+	ordinals map[[16]byte]uint64
+	clocks   map[string]clockState
 }
 
-// Sum is the account of one (edge, stream) over all epochs: Accepted is what the edge says it accepted (next sequence - 1 summed),
-// Delivered what the sink holds or held, Ledgered what was lost and booked; Duplicates counts records booked twice (always 0),
-// Resent those received again and not booked; Conflicts same identity with other bytes.
-type Sum struct {
-	Edge, Stream                                                 string
-	Accepted, Delivered, Ledgered, Duplicates, Resent, Conflicts uint64
+// Open opens the store; errors say what to do. It starts no goroutine of its own; Badger's run until Run or Close ends.
+func Open(cfg Config) (*Intake, error) {
+	for _, d := range []struct {
+		v        *int64
+		standard int64
+	}{{(*int64)(&cfg.MaxAge), int64(30 * 24 * time.Hour)}, {&cfg.MaxBytes, 4 << 30}, {&cfg.PendingBytes, 32 << 20}, {&cfg.MinFreeBytes, 256 << 20}} {
+		if *d.v == 0 {
+			*d.v = d.standard
+		}
+		if *d.v < 0 {
+			return nil, errors.New("open telemetry store: retention and bounds must not be negative")
+		}
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	i := &Intake{cfg: cfg, kick: make(chan struct{}, 1), edges: map[string]*edge{}}
+	var err error
+	if i.encoder, err = frame.NewEncoder(); err != nil {
+		return nil, fmt.Errorf("open telemetry store: %w", err)
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("open telemetry store: %w (choose a data folder that this user may write to)", err)
+	}
+	// Frames are compressed already, so Badger does not; then it needs no block cache.
+	o := badger.DefaultOptions(cfg.Dir).WithLogger(badgerLog{cfg.Logger}).WithSyncWrites(true).WithDetectConflicts(false).
+		WithMemTableSize(16 << 20).WithNumMemtables(2).WithNumLevelZeroTables(2).WithNumLevelZeroTablesStall(6).WithNumCompactors(2).
+		WithValueThreshold(1 << 10).WithValueLogFileSize(64 << 20).WithCompression(options.None).WithBlockCacheSize(0).
+		WithIndexCacheSize(16 << 20).WithMetricsEnabled(false)
+	if i.db, err = badger.Open(o); err != nil {
+		return nil, openError(cfg.Dir, err)
+	}
+	if i.decoder, err = frame.NewDecoder(); err == nil {
+		err = i.measure()
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open telemetry store: %w", err), i.Close())
+	}
+	return i, nil
 }
 
-// Ledger returns the sums and the entries.
-func (i *Intake) Ledger(ctx context.Context, q Query) ([]Sum, []LedgerEntry, error) { panic("TODO") }
+func openError(dir string, err error) error {
+	switch {
+	case strings.Contains(err.Error(), "Cannot acquire directory lock"):
+		return fmt.Errorf("open telemetry store: %s is in use by another cloud hub: stop it, or give this one a data folder of its own", dir)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("open telemetry store: %w (run as the user that owns %s)", err, dir)
+	}
+	return fmt.Errorf("open telemetry store: %w (if %s is damaged, move it away: the hub starts an empty store, edges send again what they still hold)", err, dir)
+}
 
-// LedgerEntry is one booked loss.
-type LedgerEntry struct {
-	Edge, Stream, Reason string
-	Epoch                [16]byte
-	First, Last          uint64
-	At                   time.Time
+// Run commits what Receive queued, until ctx ends; then commits what is left and closes the store.
+func (i *Intake) Run(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, i.Close()) }()
+	tick := time.NewTicker(retainEvery)
+	defer tick.Stop()
+	i.retainAndLog(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			return i.flush()
+		case <-tick.C:
+			i.retainAndLog(ctx)
+		case <-i.kick:
+			if err := i.commitQueued(ctx); err != nil {
+				return i.flush()
+			}
+		}
+	}
+}
+
+// commitQueued commits group after group until nothing is queued. A group that fails is tried again; it fails only when
+// ctx ends.
+func (i *Intake) commitQueued(ctx context.Context) error {
+	for {
+		group := i.gather()
+		if len(group) == 0 {
+			return nil
+		}
+		pause := retryFirst
+		for err := i.commit(group); err != nil; err = i.commit(group) {
+			i.cfg.Logger.Error("telemetry can't be stored and is not acknowledged", "err", err, "retry", pause)
+			select {
+			case <-ctx.Done():
+				i.putBack(group)
+				return ctx.Err()
+			case <-time.After(pause):
+			}
+			pause = min(2*pause, retryMax)
+		}
+		i.mu.Lock()
+		for _, u := range group {
+			i.pending -= u.cost
+		}
+		i.mu.Unlock()
+		if i.stored > i.cfg.MaxBytes+i.cfg.MaxBytes/16 {
+			i.retainAndLog(ctx)
+		}
+	}
+}
+
+// flush commits what is left, each group once.
+func (i *Intake) flush() error {
+	for {
+		group := i.gather()
+		if len(group) == 0 {
+			return nil
+		}
+		if err := i.commit(group); err != nil {
+			return fmt.Errorf("store the last telemetry: %w", err)
+		}
+	}
+}
+
+// gather takes the next group from the queues: each edge has its turn, and a share of the group.
+func (i *Intake) gather() (group []*unit) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	var size int64
+	for turns := len(i.busy); turns > 0 && size < groupBytes && len(group) < groupUnits; turns-- {
+		e := i.busy[0]
+		i.busy = i.busy[1:]
+		n, share := 0, int64(0)
+		for n < len(e.queue) && share < shareBytes && len(group) < groupUnits {
+			group = append(group, e.queue[n])
+			share += e.queue[n].cost
+			n++
+		}
+		clear(e.queue[:n])
+		e.queue = e.queue[n:]
+		e.queued -= share
+		size += share
+		if len(e.queue) > 0 {
+			i.busy = append(i.busy, e)
+		}
+	}
+	return group
+}
+
+// putBack returns a group to the front of the queues.
+func (i *Intake) putBack(group []*unit) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for n := len(group) - 1; n >= 0; n-- {
+		u := group[n]
+		if len(u.edge.queue) == 0 {
+			i.busy = append(i.busy, u.edge)
+		}
+		u.edge.queue = append([]*unit{u}, u.edge.queue...)
+		u.edge.queued += u.cost
+	}
+}
+
+// Close closes the store. Run does so itself; Close is for an Intake that never ran.
+func (i *Intake) Close() error {
+	i.life.Lock()
+	defer i.life.Unlock()
+	if i.closed {
+		return nil
+	}
+	i.closed = true
+	if i.decoder != nil {
+		i.decoder.Close()
+	}
+	if err := i.db.Close(); err != nil {
+		return fmt.Errorf("close telemetry store: %w", err)
+	}
+	return nil
+}
+
+// use keeps the store open until done is called.
+func (i *Intake) use() (done func(), err error) {
+	i.life.RLock()
+	if i.closed {
+		i.life.RUnlock()
+		return nil, ErrClosed
+	}
+	return i.life.RUnlock, nil
+}
+
+// room fails if the disk is nearly full: Badger writes through memory maps and would crash the process on a full one.
+func (i *Intake) room() error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(i.cfg.Dir, &st); err != nil {
+		return fmt.Errorf("look for disk space: %w", err)
+	}
+	if free := int64(st.Bavail) * int64(st.Bsize); free < i.cfg.MinFreeBytes {
+		return fmt.Errorf("only %d MiB are free below %s, %d are kept in reserve: free space or lower the retention",
+			free>>20, i.cfg.Dir, i.cfg.MinFreeBytes>>20)
+	}
+	return nil
+}
+
+// clockState is a stored clock mapping.
+type clockState struct {
+	offset  int64
+	quality longshorepb.ClockQuality
+}
+
+func (c clockState) encode() []byte {
+	return append(binary.BigEndian.AppendUint64(nil, uint64(c.offset)), byte(c.quality))
+}
+
+func decodeClock(b []byte) (c clockState, err error) {
+	if len(b) != 9 {
+		return c, errors.New("stored clock mapping is damaged")
+	}
+	return clockState{int64(binary.BigEndian.Uint64(b)), longshorepb.ClockQuality(b[8])}, nil
+}
+
+// badgerLog passes Badger's log on: its debug and info lines are for its developers.
+type badgerLog struct{ *slog.Logger }
+
+func (l badgerLog) Errorf(format string, a ...any)   { l.Error("badger", "text", badgerText(format, a)) }
+func (l badgerLog) Warningf(format string, a ...any) { l.Warn("badger", "text", badgerText(format, a)) }
+func (l badgerLog) Infof(format string, a ...any)    { l.Debug("badger", "text", badgerText(format, a)) }
+func (l badgerLog) Debugf(format string, a ...any)   { l.Debug("badger", "text", badgerText(format, a)) }
+
+func badgerText(format string, a []any) string {
+	return strings.TrimSpace(fmt.Sprintf(format, a...))
 }

@@ -1,0 +1,104 @@
+package intake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+)
+
+// measure sums up what the store holds.
+func (i *Intake) measure() error {
+	return i.db.View(func(txn *badger.Txn) error {
+		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyTime}})
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			_, size, err := parseTimeKey(it.Item().Key())
+			if err != nil {
+				return err
+			}
+			i.stored += size
+		}
+		return nil
+	})
+}
+
+func (i *Intake) retainAndLog(ctx context.Context) {
+	if err := i.retain(ctx); err != nil {
+		i.cfg.Logger.Error("telemetry retention", "err", err)
+	}
+}
+
+// retain deletes the oldest records until the rest is inside the retention, and gives disk space back once enough is
+// deleted. Only Run calls it.
+func (i *Intake) retain(ctx context.Context) error {
+	for ctx.Err() == nil {
+		size, err := i.deleteOldest(time.Now().Add(-i.cfg.MaxAge).UnixNano())
+		if err != nil {
+			return fmt.Errorf("delete old records: %w", err)
+		}
+		if size == 0 {
+			break
+		}
+		i.stored -= size
+		i.freed += size
+	}
+	if i.freed < max(i.cfg.MaxBytes/16, 1<<20) {
+		return nil
+	}
+	i.freed = 0
+	if err := i.db.Flatten(1); err != nil {
+		return fmt.Errorf("compact: %w", err)
+	}
+	for ctx.Err() == nil {
+		err := i.db.RunValueLogGC(0.5)
+		if errors.Is(err, badger.ErrNoRewrite) || errors.Is(err, badger.ErrRejected) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("collect value log: %w", err)
+		}
+	}
+	return nil
+}
+
+// deleteOldest deletes what the oldest transaction wrote, if it is older than before or the store too large. It returns the
+// bytes deleted.
+func (i *Intake) deleteOldest(before int64) (size int64, err error) {
+	txn := i.db.NewTransaction(true)
+	defer txn.Discard()
+	key, list, err := oldest(txn)
+	if err != nil || key == nil {
+		return 0, err
+	}
+	at, size, err := parseTimeKey(key)
+	if err != nil {
+		return 0, err
+	}
+	if at >= before && i.stored <= i.cfg.MaxBytes {
+		return 0, nil
+	}
+	for _, k := range append(list, key) {
+		if err := txn.Delete(k); err != nil {
+			return 0, err
+		}
+	}
+	return size, txn.Commit()
+}
+
+func oldest(txn *badger.Txn) (key []byte, list [][]byte, err error) {
+	it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyTime}})
+	defer it.Close()
+	if it.Rewind(); !it.Valid() {
+		return nil, nil, nil
+	}
+	key = slices.Clone(it.Item().Key())
+	err = it.Item().Value(func(v []byte) error {
+		list, err = keys(v)
+		return err
+	})
+	return key, list, err
+}
