@@ -177,7 +177,11 @@ func (w *flow) expire(now time.Time) {
 func (w *flow) ask(now time.Time, edge string, wanted func(*fetch) bool) []string {
 	var topics []string
 	for _, f := range w.fetches {
-		if now.Before(f.notBefore) || !wanted(f) {
+		if now.Before(f.notBefore) {
+			continue
+		}
+		f.notBefore = time.Time{} // also if there is no room now: an answer makes some
+		if !wanted(f) {
 			continue
 		}
 		for w.inflight < w.window && w.waiting < maxRequests {
@@ -185,7 +189,6 @@ func (w *flow) ask(now time.Time, edge string, wanted func(*fetch) bool) []strin
 			if !ok {
 				break
 			}
-			f.notBefore = time.Time{}
 			f.requests = append(f.requests, &request{span: s, at: now, deadline: now.Add(w.timeout() << min(f.tries, 3))})
 			w.inflight += s.len
 			w.waiting++

@@ -143,8 +143,7 @@ func (s *Session) Again(_ time.Time) { s.again = s.sent != nil }
 
 // Fetch notes a subscription to an object or list from an offset.
 func (s *Session) Fetch(now time.Time, d Digest, offset uint64) {
-	s.pause = 0
-	s.arm(now) // the edge is at work on the head
+	s.resendAt = now.Add(max(s.pause, 4*s.cfg.ResendMin)) // the edge is at work on the head
 	r := fetchRequest{d, offset}
 	for _, f := range s.fetches {
 		if f == r {

@@ -57,8 +57,8 @@ type lateMessage struct {
 type message struct {
 	topic   string
 	payload []byte
-	// subscribe marks a subscription to topic.
-	subscribe bool
+	// subscribe marks a subscription to topic, end the end of the connection.
+	subscribe, end bool
 }
 
 // hub is a cloud hub: a cache that is a position in the cluster's history.
@@ -199,7 +199,7 @@ func (b *box) disconnect() {
 	c := b.conn
 	c.open, b.conn = false, nil
 	for _, m := range c.down.waiting {
-		if b.w.rng.IntN(4) == 0 {
+		if !m.end && b.w.rng.IntN(4) == 0 {
 			b.w.late = append(b.w.late, lateMessage{b, b.w.now.Add(time.Duration(b.w.rng.IntN(20_000)) * time.Millisecond), m.message})
 		}
 	}
@@ -417,7 +417,8 @@ func (h *hub) work(c *conn) {
 				h.prove()
 			case desired.Close:
 				h.w.trace("%s closes %s: %s", h.name, c.box.name, a.Reason)
-				c.session = nil // the connection ends when the edge has read what was sent
+				c.session = nil
+				c.down.waiting = append(c.down.waiting, arrival{c.down.last.Add(h.w.link.delay), message{end: true}})
 			}
 		}
 	}
@@ -523,6 +524,11 @@ func (l *lane) take() message {
 
 // receive hands a message to the replica, damaged now and then.
 func (b *box) receive(m message) {
+	if m.end {
+		b.w.trace("%s is disconnected", b.name)
+		b.disconnect()
+		return
+	}
 	if b.w.rng.Float64() < b.w.link.damage && len(m.payload) > 0 {
 		m.payload = append([]byte(nil), m.payload...)
 		m.payload[b.w.rng.IntN(len(m.payload))] ^= byte(1 + b.w.rng.IntN(255))
@@ -596,11 +602,14 @@ func (w *World) heal() {
 			return
 		}
 		for _, b := range identities {
-			if b.conn == nil { // superseded by the other one before that was taken off
+			if b.conn != nil {
+				continue
+			}
+			if b.replica.Status().Superseded { // by the other one, before that was taken off
 				b.down(false)
 				b.boot()
-				b.connect(w.hubs[0])
 			}
+			b.connect(w.hubs[0])
 		}
 	}
 	if err := w.converged(identities); err != nil {
