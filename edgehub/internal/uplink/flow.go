@@ -29,13 +29,14 @@ type span struct {
 	first, last uint64
 }
 
-// batch is one telemetry message on its way.
+// batch is one telemetry message on its way, or the fragments of one frame, which are acknowledged together.
 type batch struct {
-	epoch string
-	spans []span
-	boots []string
-	bytes int
-	at    time.Time
+	epoch    string
+	spans    []span
+	boots    []string
+	bytes    int
+	at       time.Time
+	fragment bool
 }
 
 // flow bounds telemetry bytes in flight. It is a pure value: callers pass the time.
@@ -52,7 +53,7 @@ func (f *flow) state() (window, outstanding int) { return f.window, f.outstandin
 // allows returns the size of the next message and which lanes may send one. A quarter of the window is kept for the live
 // lane, so that it does not wait behind the backlog. Messages are small while the link is slow.
 func (f *flow) allows() (size int, live, backlog bool) {
-	size = min(max(f.window/8, 4<<10), maxMessage)
+	size = min(f.window/4, maxMessage)
 	return size, f.outstanding+size <= f.window, f.outstanding+size <= f.window/4*3
 }
 
@@ -63,6 +64,14 @@ func (f *flow) sent(b *batch, now time.Time) {
 	}
 	b.at = now
 	f.outstanding += b.bytes
+	if b.fragment {
+		for _, o := range f.batches {
+			if o.fragment && o.epoch == b.epoch && slices.Equal(o.spans, b.spans) {
+				o.bytes, o.at = o.bytes+b.bytes, now
+				return
+			}
+		}
+	}
 	f.batches = append(f.batches, b)
 }
 
@@ -126,6 +135,7 @@ func describe(t *longshorepb.Telemetry) *batch {
 	}
 	if f := t.GetFragment(); f != nil {
 		b.spans = append(b.spans, span{f.GetStream(), f.GetFirst(), f.GetFirst()})
+		b.fragment = true
 		if f.GetOffset() == 0 {
 			if _, boot := header(f.GetData()); boot != "" {
 				b.boots = append(b.boots, boot)

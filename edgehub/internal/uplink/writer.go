@@ -43,11 +43,19 @@ type writer struct {
 	flow *flow // guarded by up.mu
 
 	reports       [][]byte // serialized, not sent yet
-	live, backlog *outbox.Reader
+	live, backlog lane
 	next          *longshorepb.Telemetry // of the backlog lane, read and not sent yet
 	readAgain     time.Time              // no reading before
 	limit         *rate.Limiter          // of the backlog lane; bytes
 	subscribes    *semaphore.Weighted
+}
+
+// lane is one of the two ways telemetry goes up.
+type lane struct {
+	*outbox.Reader
+	// more: the lane is in the midst of a frame's fragments. Such a frame may be larger than the window, and is
+	// acknowledged only when it is complete.
+	more bool
 }
 
 func newWriter(up *Uplink, conn *mqttconn.Session, session uint64) *writer {
@@ -59,8 +67,14 @@ func newWriter(up *Uplink, conn *mqttconn.Session, session uint64) *writer {
 	if r := up.cfg.BacklogRate; r > 0 {
 		w.limit = rate.NewLimiter(rate.Limit(r), max(int(r), maxMessage))
 	}
-	w.live, w.backlog = up.cfg.Outbox.NewReaders()
+	w.rewind()
 	return w
+}
+
+// rewind starts both lanes at what is not acknowledged.
+func (w *writer) rewind() {
+	live, backlog := w.up.cfg.Outbox.NewReaders()
+	w.live, w.backlog, w.next = lane{Reader: live}, lane{Reader: backlog}, nil
 }
 
 // wantsActions reports whether all actions handed over with do are taken.
@@ -240,19 +254,19 @@ func (w *writer) telemetry(ctx context.Context, now time.Time) (sent bool, wait 
 	w.up.mu.Lock()
 	if w.flow.lost(now) {
 		w.flow.rewind()
-		w.live, w.backlog = w.up.cfg.Outbox.NewReaders()
-		w.next = nil
+		w.rewind()
 	}
 	size, live, backlog := w.flow.allows()
 	w.up.mu.Unlock()
+	live, backlog = live || w.live.more, backlog || w.backlog.more
 
 	if live {
-		if t := w.read(w.live, size, now); t != nil {
+		if t := w.read(&w.live, size, now); t != nil {
 			return true, 0, w.send(ctx, t)
 		}
 	}
 	if backlog && w.next == nil {
-		w.next = w.read(w.backlog, size, now)
+		w.next = w.read(&w.backlog, size, now)
 	}
 	if !backlog || w.next == nil {
 		return false, lookAgain, nil
@@ -269,14 +283,20 @@ func (w *writer) telemetry(ctx context.Context, now time.Time) (sent bool, wait 
 
 // read returns a lane's next message, nil if there is none. An outbox that cannot be read is left alone for a while; it
 // keeps neither specs nor reports from flowing.
-func (w *writer) read(lane *outbox.Reader, size int, now time.Time) *longshorepb.Telemetry {
+func (w *writer) read(l *lane, size int, now time.Time) *longshorepb.Telemetry {
 	if now.Before(w.readAgain) {
 		return nil
 	}
-	t, err := lane.Next(size - clockRoom)
+	t, err := l.Next(size - clockRoom)
 	if err != nil {
 		w.readAgain = now.Add(lookAgain)
 		w.up.cfg.Logger.Error("cannot read telemetry that waits; will try again", "error", err)
+		return nil
+	}
+	if f := t.GetFragment(); f != nil {
+		l.more = int(f.GetOffset())+len(f.GetData()) < int(f.GetTotal())
+	} else if len(t.GetLedger()) == 0 { // entries of the ledger come between fragments, too
+		l.more = false
 	}
 	return t
 }
