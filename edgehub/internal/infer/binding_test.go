@@ -13,6 +13,7 @@ import (
 
 // If this fails, a device that speaks MQTT only gets no result, one that it can't place, or no word about its mistakes.
 func TestBindings(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	spec := h.model("adder", "1", fault{})
@@ -83,6 +84,7 @@ func TestBindings(t *testing.T) {
 
 // If this fails, results come in another order than the inputs, or a flood of inputs takes all memory (G4).
 func TestBindingQueue(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	file := filepath.Join(t.TempDir(), "go")
@@ -113,6 +115,7 @@ func TestBindingQueue(t *testing.T) {
 
 // If this fails, a change of a binding needs a new version of the model, or restarts its worker.
 func TestBindingChange(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	spec := h.model("adder", "1", fault{})

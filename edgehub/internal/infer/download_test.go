@@ -30,6 +30,7 @@ func bulky(name string, size int) []byte {
 
 // If this fails, a slow and broken link never gets a model through, because each cut starts from the beginning (G1).
 func TestDownloadResumes(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := newHub(t)
 	h.cut.Store(100 << 10)
@@ -57,6 +58,7 @@ func TestDownloadResumes(t *testing.T) {
 
 // If this fails, a file that is not what the model says is loaded, or a hub that has been repaired is not asked again.
 func TestDigestAndSizeMismatch(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	e.m.SetDesired(specs(h.model("adder", "1", fault{})))
@@ -87,6 +89,7 @@ func TestDigestAndSizeMismatch(t *testing.T) {
 // If this fails, a power cut at some step of a download leaves a file that is loaded though it is damaged, or one that blocks
 // the model for good (G2). Each case is what the disk may hold after such a cut.
 func TestPowerCutWhileStaging(t *testing.T) {
+	t.Parallel()
 	file := bulky("adder", 200<<10)
 	damaged := bytes.Clone(file)
 	damaged[100] ^= 1
@@ -151,6 +154,7 @@ func TestPowerCutWhileStaging(t *testing.T) {
 
 // If this fails, models fill the disk of a small box (G4), or one that does not fit can't be told from one that is broken.
 func TestDiskQuota(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	small, big := bulky("small", 300<<10), bulky("big", 800<<10)
 	e := startEdge(t, t.TempDir(), h, func(c *Config) { c.DiskQuota = 1 << 20 }, nil)
@@ -179,6 +183,7 @@ func TestDiskQuota(t *testing.T) {
 
 // If this fails, downloads take the whole of a thin link although a rate was set, or a silent hub stops them for good.
 func TestDownloadRate(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	file := bulky("adder", 100<<10)
 	digest := h.put(file)

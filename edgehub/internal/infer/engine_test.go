@@ -64,6 +64,7 @@ func zeros(t testing.TB, meta oip.Metadata) (body []byte, header string) {
 // If this fails, the real worker and the manager don't understand each other: no trained model serves, a corrupt one takes
 // the good one down, or an update does not arrive.
 func TestRealWorker(t *testing.T) {
+	t.Parallel()
 	worker := buildWorker(t)
 	for _, engine := range []string{"gomlx", "onnxruntime"} {
 		t.Run(engine, func(t *testing.T) {

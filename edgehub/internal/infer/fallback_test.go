@@ -12,6 +12,7 @@ import (
 
 // If this fails, a corrupt file under a correct digest ends a model that served well, or is tried for ever.
 func TestCorruptVersionLeavesTheOldOneServing(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := newHub(t)
 	e := startEdge(t, dir, h, nil, nil)
@@ -71,6 +72,7 @@ func TestCorruptVersionLeavesTheOldOneServing(t *testing.T) {
 // If this fails, a version that fails only at real requests stays, though a good one is here (and is kept while the new
 // one has proven nothing).
 func TestRollBack(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.probation = 2 * time.Second })
 	one := h.model("adder", "1", fault{})
@@ -103,6 +105,7 @@ func TestRollBack(t *testing.T) {
 
 // If this fails, a power cut right after an update leaves the edge with a version that was never seen to work (G2).
 func TestLastGoodOnlyAfterServingWell(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := newHub(t)
 	e := startEdge(t, dir, h, nil, nil)
@@ -128,6 +131,7 @@ func TestLastGoodOnlyAfterServingWell(t *testing.T) {
 
 // If this fails, models do not come back after a power cut without a link (G2).
 func TestColdBoot(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := newHub(t)
 	e := startEdge(t, dir, h, nil, nil)
@@ -159,6 +163,7 @@ func TestColdBoot(t *testing.T) {
 
 // If this fails, one broken last good file keeps a model from being served although the hub has it.
 func TestDamagedLastGoodFile(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := newHub(t)
 	e := startEdge(t, dir, h, nil, nil)
@@ -179,6 +184,7 @@ func TestDamagedLastGoodFile(t *testing.T) {
 
 // If this fails, an edge downloads what it can't run, or does not use the variant that fits it.
 func TestVariants(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, func(c *Config) { c.Arch = "arm64" }, func(m *Manager) { m.engines = engines{gomlx: true} })
 	variant := func(name string, f fault, r *longshorepb.ModelRequirements) *longshorepb.ModelVariant {

@@ -21,6 +21,7 @@ import (
 
 // If this fails, a model that was rolled out does not answer at the edge's front door, or a client can't tell why.
 func TestFrontDoor(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	broken := h.model("broken", "1", fault{Load: "fail"})
@@ -73,6 +74,7 @@ func TestFrontDoor(t *testing.T) {
 
 // If this fails, requests fail while a new version of a model takes over, or the old worker stays.
 func TestUpdateDropsNothing(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	slowFile := filepath.Join(t.TempDir(), "go")
@@ -146,6 +148,7 @@ func TestUpdateDropsNothing(t *testing.T) {
 
 // If this fails, a worker that was killed, stopped or grew stays broken, or takes the agent with it.
 func TestSickWorkersAreReplaced(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
 	e.m.SetDesired(specs(h.model("adder", "1", fault{})))
@@ -173,13 +176,14 @@ func TestSickWorkersAreReplaced(t *testing.T) {
 
 // If this fails, a model that leaks memory takes the whole machine down (G4).
 func TestMemoryHogIsEnded(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, nil)
-	hog := h.model("hog", "1", fault{Grow: 400 << 20})
-	hog.Variants[0].Requires = &longshorepb.ModelRequirements{MemoryBytes: 256 << 20}
+	hog := h.model("hog", "1", fault{Grow: 160 << 20})
+	hog.Variants[0].Requires = &longshorepb.ModelRequirements{MemoryBytes: 96 << 20}
 	e.m.SetDesired(specs(hog, h.model("adder", "1", fault{})))
 	r := e.failed("hog", reasonOutOfMemory, "")
-	if !strings.Contains(r.Message, "limit is 268435456") {
+	if !strings.Contains(r.Message, "limit is 100663296") {
 		t.Errorf("message %q", r.Message)
 	}
 	e.serves("adder", "1")
@@ -187,6 +191,7 @@ func TestMemoryHogIsEnded(t *testing.T) {
 
 // If this fails, workers outlive an agent that was killed, hold memory, and answer nobody.
 func TestWorkersDieWithTheAgent(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := newHub(t)
 	spec := h.model("adder", "1", fault{})
@@ -231,6 +236,7 @@ func TestWorkersDieWithTheAgent(t *testing.T) {
 
 // If this fails, an inference that never ends blocks a model's bindings for good.
 func TestHungInferenceIsEnded(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.inferTimeout = 500 * 1e6 })
 	spec := h.model("stuck", "1", fault{Infer: "hang"})
@@ -245,6 +251,7 @@ func TestHungInferenceIsEnded(t *testing.T) {
 
 // If this fails, the agent serves a model whose worker only claims to be ready, or waits for one forever.
 func TestNotReadyIsNotServed(t *testing.T) {
+	t.Parallel()
 	h := newHub(t)
 	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.loadTimeout = 2e9 })
 	e.m.SetDesired(specs(h.model("liar", "1", fault{Load: "lie"}), h.model("sleeper", "1", fault{Load: "hang"}), h.model("dead", "1", fault{Load: "crash"})))
