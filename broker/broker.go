@@ -125,13 +125,15 @@ type Broker struct {
 
 	fan      sync.Mutex          // held while one message is queued for all its subscribers
 	retained map[string]*message // guarded by fan
+	full     bool                // of retained topics, and logged; guarded by fan
 
-	mu       sync.RWMutex
+	mu       sync.RWMutex // guards what follows
 	sessions map[string]*session
-	open     int // connections being served
-	// ctx of Run, nil outside: what the WebSocket handler's connections live by.
-	running context.Context
-	served  sync.WaitGroup
+	conns    map[*Conn]struct{}
+	open     int // connections admitted, before and after CONNECT
+	running  bool
+	served   sync.WaitGroup
+	stopped  chan struct{} // closed when Run's ctx has ended
 }
 
 const (
@@ -153,7 +155,8 @@ func New(cfg Config) (*Broker, error) {
 	cfg = cfg.withDefaults()
 	b := &Broker{
 		cfg: cfg, log: cfg.Logger, commits: newCommits(maxPendingBytes),
-		retained: map[string]*message{}, sessions: map[string]*session{},
+		retained: map[string]*message{}, sessions: map[string]*session{}, conns: map[*Conn]struct{}{},
+		stopped: make(chan struct{}),
 	}
 	caps := mqtt.NewDefaultServerCapabilities()
 	caps.MaximumPacketSize = uint32(cfg.MaxPacket)
@@ -197,7 +200,7 @@ func (cfg Config) withDefaults() Config {
 func (b *Broker) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	b.mu.Lock()
-	b.running = ctx
+	b.running = true
 	b.mu.Unlock()
 	for _, d := range b.doors {
 		g.Go(func() error { return b.acceptLoop(ctx, d) })
@@ -206,28 +209,37 @@ func (b *Broker) Run(ctx context.Context) error {
 	g.Go(func() error { return b.keepHouse(ctx) })
 	g.Go(func() error {
 		<-ctx.Done()
-		b.mu.Lock()
-		b.running = nil
-		b.mu.Unlock()
+		b.closeAll()
 		b.served.Wait()
 		return nil
 	})
 	return g.Wait()
 }
 
-// admit counts a connection in and returns the ctx it lives by; the caller calls leave when it has ended. It says
-// false when the broker doesn't run or is full.
-func (b *Broker) admit() (ctx context.Context, ok bool) {
+// closeAll closes every connection and lets no other in.
+func (b *Broker) closeAll() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.running == nil || b.open >= b.cfg.MaxConnections {
+	b.running = false
+	close(b.stopped)
+	for c := range b.conns {
+		c.Close("broker stops")
+	}
+}
+
+// admit counts a connection in; the caller calls leave when it has ended. It says false when the broker doesn't run
+// or is full.
+func (b *Broker) admit() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.running || b.open >= b.cfg.MaxConnections {
 		b.stats.refused.Add(1)
-		return nil, false
+		return false
 	}
 	b.open++
 	b.served.Add(1)
 	b.stats.accepted.Add(1)
-	return b.running, true
+	return true
 }
 
 func (b *Broker) leave() {
@@ -235,6 +247,22 @@ func (b *Broker) leave() {
 	defer b.mu.Unlock()
 	b.open--
 	b.served.Done()
+}
+
+// register makes closeAll know c; it says false if that has been already.
+func (b *Broker) register(c *Conn) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.running {
+		b.conns[c] = struct{}{}
+	}
+	return b.running
+}
+
+func (b *Broker) unregister(c *Conn) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.conns, c)
 }
 
 // Addr returns the address of the listener of that name, or nil if there is none.

@@ -28,7 +28,7 @@ type client struct {
 	mu      sync.Mutex
 	auto    bool // acknowledge PUBLISH and PUBREL
 	onMsg   func(packets.Packet)
-	in      chan packets.Packet // what was not handled
+	in      chan *packets.Packet // what was not handled
 	done    chan struct{}
 	readErr error
 }
@@ -88,7 +88,7 @@ func tryDial(t testing.TB, addr net.Addr, o options) (*client, error) {
 func start(t testing.TB, conn net.Conn, o options) (*client, error) {
 	c := &client{
 		t: t, conn: conn, version: o.packet().ProtocolVersion, auto: !o.silent, onMsg: o.onMsg,
-		in: make(chan packets.Packet, 100_000), done: make(chan struct{}),
+		in: make(chan *packets.Packet, 8192), done: make(chan struct{}),
 	}
 	r := bufio.NewReader(conn)
 	if err := c.write(o.packet()); err != nil {
@@ -171,7 +171,8 @@ func (c *client) read(r *bufio.Reader) (pk packets.Packet, err error) {
 	if decode == nil {
 		return pk, fmt.Errorf("packet of type %d from a server", pk.FixedHeader.Type)
 	}
-	return pk, decode(&pk, body)
+	err = decode(&pk, body)
+	return pk, err
 }
 
 func (c *client) loop(r *bufio.Reader) {
@@ -187,7 +188,7 @@ func (c *client) loop(r *bufio.Reader) {
 		}
 		c.answer(pk)
 		if pk.FixedHeader.Type != packets.Publish || c.onMsg == nil {
-			c.in <- pk
+			c.in <- &pk
 		}
 	}
 }
@@ -224,7 +225,7 @@ func (c *client) next(kinds ...byte) packets.Packet {
 		select {
 		case pk := <-c.in:
 			if bytes.IndexByte(kinds, pk.FixedHeader.Type) >= 0 {
-				return pk
+				return *pk
 			}
 		case <-limit.C:
 			c.t.Fatalf("no packet of type %v within %v", kinds, patience)
@@ -232,7 +233,7 @@ func (c *client) next(kinds ...byte) packets.Packet {
 			select {
 			case pk := <-c.in:
 				if bytes.IndexByte(kinds, pk.FixedHeader.Type) >= 0 {
-					return pk
+					return *pk
 				}
 				continue
 			default:
@@ -277,4 +278,14 @@ func (c *client) publish(topic, payload string, qos byte, id uint16) {
 		}
 		c.next(packets.Pubcomp)
 	}
+}
+
+func (c *client) subscribeWithID(id uint16, filter string) byte {
+	c.t.Helper()
+	pk := packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Subscribe, Qos: 1}, PacketID: id}
+	pk.Filters = packets.Subscriptions{{Filter: filter}}
+	if err := c.write(pk); err != nil {
+		c.t.Fatalf("subscribe: %v", err)
+	}
+	return c.next(packets.Suback).ReasonCodes[0]
 }

@@ -135,7 +135,9 @@ func (b *Broker) settle(p pending, refused error) {
 	}
 	if refused != nil {
 		b.stats.refused.Add(1)
-		b.log.Warn("message not stored", "client", p.m.client, "topic", p.m.topic, "error", refused)
+		if p.conn == nil || p.conn.closeReason() == "" { // else one line was enough
+			b.log.Warn("message not stored", "client", p.m.client, "topic", p.m.topic, "error", refused)
+		}
 		for _, c := range []*Conn{p.conn, owed} {
 			if c != nil {
 				c.Close("message not stored: " + refused.Error())

@@ -26,6 +26,7 @@ type Conn struct {
 	present     bool   // the session existed
 	known       bool   // the packet just read acknowledges something in flight
 	established bool
+	complained  bool           // a refused topic was logged
 	asked       []subscription // of the SUBSCRIBE being processed
 	granted     []string       // virtual filters of it
 	replays     []packets.Subscription

@@ -115,7 +115,7 @@ func (h *hook) OnConnect(cl *mqtt.Client, pk packets.Packet) error {
 		}
 		c.will.origin, c.will.from, c.will.client = key, id, cl.ID
 	}
-	if err := b.claim(ctx, c, key, pk.Connect.Clean); err != nil {
+	if err := b.claim(c, key, pk.Connect.Clean); err != nil {
 		return err
 	}
 	// mochi's key of a client, in its topic tree too: an identity can't reach another's session by its client id.
@@ -167,6 +167,9 @@ func (h *hook) OnACLCheck(cl *mqtt.Client, name string, write bool) bool {
 	allowed := write && c.mayPublish(name) || !write && c.maySubscribe(name)
 	if !allowed {
 		h.b.stats.refused.Add(1)
+	}
+	if !allowed && !c.complained {
+		c.complained = true // once per connection: a device may try all day
 		h.b.log.Warn("topic not allowed", "identity", c.identity.Name, "client", c.login.ClientID, "topic", name, "publish", write)
 	}
 	return allowed

@@ -25,7 +25,7 @@ var errTakenOver = errors.New("the same client connected again")
 
 // serve runs one connection on the caller's goroutine, from the bytes before CONNECT to the last trace of it.
 // mqttConn carries MQTT bytes over w.
-func (b *Broker) serve(ctx context.Context, listener string, mqttConn net.Conn, w *wire, login Login) {
+func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login) {
 	l := &link{Conn: mqttConn, wire: w, done: make(chan struct{})}
 	c := &Conn{
 		id: b.lastID.Add(1), broker: b, link: l, login: login,
@@ -33,8 +33,10 @@ func (b *Broker) serve(ctx context.Context, listener string, mqttConn net.Conn, 
 	}
 	l.conn = c
 	defer l.Close()
-	stop := context.AfterFunc(ctx, func() { c.Close("broker stops") })
-	defer stop()
+	if !b.register(c) {
+		return
+	}
+	defer b.unregister(c)
 
 	head, err := readConnectHeader(mqttConn, b.cfg.MaxConnectPacket)
 	if err != nil {
@@ -46,7 +48,7 @@ func (b *Broker) serve(ctx context.Context, listener string, mqttConn net.Conn, 
 	err = b.engine.EstablishConnection(listener, l)
 	_ = l.Close()
 	if c.session != nil {
-		b.finish(ctx, c)
+		b.finish(c)
 	}
 	if reason := c.closeReason(); reason != "" {
 		err = errors.New(reason)
@@ -60,7 +62,7 @@ func (b *Broker) serve(ctx context.Context, listener string, mqttConn net.Conn, 
 
 // claim makes c the owner of the client's session. An owner before it is closed and has left no goroutine when claim
 // returns; of several that wait only the newest gets it.
-func (b *Broker) claim(ctx context.Context, c *Conn, key string, clean bool) error {
+func (b *Broker) claim(c *Conn, key string, clean bool) error {
 	for {
 		b.mu.Lock()
 		s := b.sessions[key]
@@ -79,7 +81,7 @@ func (b *Broker) claim(ctx context.Context, c *Conn, key string, clean bool) err
 			s.owner = c
 			c.session = s
 			b.mu.Unlock()
-			b.submitWill(ctx, will)
+			b.submitWill(will)
 			return nil
 		}
 		if s.next != nil && s.next != c {
@@ -124,7 +126,7 @@ func (c *Conn) takeOver() {
 
 // finish ends c's hold on its session: the write goroutine has ended, the owner of the virtual topics was told, the
 // will is on its way, and the session stays or goes as the client asked.
-func (b *Broker) finish(ctx context.Context, c *Conn) {
+func (b *Broker) finish(c *Conn) {
 	if c.writer != nil {
 		<-c.writer
 	}
@@ -143,7 +145,7 @@ func (b *Broker) finish(ctx context.Context, c *Conn) {
 		if delay > 0 {
 			s.leaveWill(c.will, time.Now().Add(delay))
 		} else {
-			b.submitWill(ctx, c.will)
+			b.submitWill(c.will)
 		}
 	}
 	b.mu.Lock()
@@ -153,7 +155,7 @@ func (b *Broker) finish(ctx context.Context, c *Conn) {
 		will = b.discard(s)
 	}
 	b.mu.Unlock()
-	b.submitWill(ctx, will)
+	b.submitWill(will)
 	close(c.gone)
 }
 
@@ -184,10 +186,15 @@ func (b *Broker) discard(s *session) *message {
 }
 
 // submitWill hands a will to Store like any other message. A nil will is none.
-func (b *Broker) submitWill(ctx context.Context, will *message) {
-	if will != nil {
-		b.commits.add(ctx.Done(), pending{m: will})
+func (b *Broker) submitWill(will *message) {
+	if will == nil {
+		return
 	}
+	m := *will
+	if m.props != nil && m.props.MessageExpiryInterval > 0 {
+		m.expiry = time.Now().Unix() + int64(m.props.MessageExpiryInterval)
+	}
+	b.commits.add(b.stopped, pending{m: &m})
 }
 
 // keepHouse drops expired sessions and retained messages, and sends delayed wills, until ctx ends.
@@ -200,7 +207,7 @@ func (b *Broker) keepHouse(ctx context.Context) error {
 			return nil
 		case now := <-tick.C:
 			for _, will := range b.sweepSessions(now) {
-				b.submitWill(ctx, will)
+				b.submitWill(will)
 			}
 			b.sweepRetained(now)
 		}

@@ -76,14 +76,13 @@ func (b *Broker) acceptLoop(ctx context.Context, d door) error {
 			continue
 		}
 		pause = acceptPauseMin
-		connCtx, ok := b.admit()
-		if !ok {
+		if !b.admit() {
 			_ = c.Close()
 			continue
 		}
 		go func() {
 			defer b.leave()
-			b.serveTCP(connCtx, d, c)
+			b.serveTCP(ctx, d, c)
 		}()
 	}
 }
@@ -97,7 +96,7 @@ func (b *Broker) serveTCP(ctx context.Context, d door, c net.Conn) {
 	}
 	login := Login{Remote: c.RemoteAddr()}
 	if d.tls == nil {
-		b.serve(ctx, d.name, w, w, login)
+		b.serve(d.name, w, w, login)
 		return
 	}
 	t := tls.Server(w, d.tls)
@@ -108,5 +107,5 @@ func (b *Broker) serveTCP(ctx context.Context, d door, c net.Conn) {
 	}
 	state := t.ConnectionState()
 	login.TLS = &state
-	b.serve(ctx, d.name, t, w, login)
+	b.serve(d.name, t, w, login)
 }

@@ -72,19 +72,19 @@ func (b *Broker) choose(members map[string]packets.Subscription) (string, bool) 
 	return all[rand.IntN(len(all))], true
 }
 
-// deliver queues m for one session; what its queue can't hold is counted and logged once until it takes messages again.
+// deliver queues m for one session; what its queue can't hold is counted, and logged now and then.
 func (b *Broker) deliver(key string, sub packets.Subscription, m *message) {
 	s := b.lookup(key)
 	if s == nil || sub.NoLocal && m.origin == key {
 		return
 	}
 	d := delivery{m: m, qos: min(m.qos, sub.Qos), retain: m.retain && sub.RetainAsPublished, ids: identifiers(sub)}
-	taken, first := s.offer(d, b.cfg.MaxQueued, maxQueuedBytes)
+	taken, warn := s.offer(d, b.cfg.MaxQueued, maxQueuedBytes)
 	if taken {
 		return
 	}
 	b.stats.dropped.Add(1)
-	if first {
+	if warn {
 		b.log.Warn("client takes messages too slowly: its queue is full, newest messages are dropped",
 			"client", clientOf(key), "topic", m.topic, "max_queued", b.cfg.MaxQueued)
 	}
@@ -94,11 +94,16 @@ func (b *Broker) deliver(key string, sub packets.Subscription, m *message) {
 func (b *Broker) keep(m *message) {
 	if len(m.payload) == 0 {
 		delete(b.retained, m.topic)
+		b.full = false
 		return
 	}
 	if _, ok := b.retained[m.topic]; !ok && len(b.retained) >= maxRetained {
 		b.stats.dropped.Add(1)
-		b.log.Warn("too many retained topics: message is delivered but not retained", "topic", m.topic, "max_retained", maxRetained)
+		if b.full {
+			return
+		}
+		b.full = true
+		b.log.Warn("too many retained topics: messages on new ones are delivered but not retained", "topic", m.topic, "max_retained", maxRetained)
 		return
 	}
 	b.retained[m.topic] = m

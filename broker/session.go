@@ -14,6 +14,8 @@ const (
 	flightWindow = 64
 	// maxUnreleased bounds QoS 2 messages of one client between PUBREC and PUBREL.
 	maxUnreleased = 1024
+	// warnEvery is the least time between two lines in the log about one full queue.
+	warnEvery = time.Minute
 	// messageOverhead is what a queued message costs beside its payload, in bytes, roughly.
 	messageOverhead = 256
 )
@@ -76,8 +78,7 @@ type session struct {
 	lastID   uint16
 	received map[uint16]*inbound
 	window   int
-	dropping bool
-	dropped  int64
+	warned   time.Time // of the full queue
 	// set while nobody is attached
 	awaySince time.Time
 	expiry    time.Duration // < 0: never
@@ -132,8 +133,8 @@ func (s *session) attached() bool {
 }
 
 // offer queues a delivery and says whether it was taken. QoS 0 for an absent client is taken by forgetting it, as
-// MQTT has it. first reports the first refusal after a success.
-func (s *session) offer(d delivery, maxMessages, maxBytes int) (taken, first bool) {
+// MQTT has it. warn says that the refusal is worth a line in the log.
+func (s *session) offer(d delivery, maxMessages, maxBytes int) (taken, warn bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn == nil && d.qos == 0 {
@@ -141,12 +142,12 @@ func (s *session) offer(d delivery, maxMessages, maxBytes int) (taken, first boo
 	}
 	size := d.m.size()
 	if len(s.queue) >= maxMessages || s.bytes+size > maxBytes {
-		first = !s.dropping
-		s.dropping = true
-		s.dropped++
-		return false, first
+		now := time.Now()
+		if warn = now.Sub(s.warned) > warnEvery; warn {
+			s.warned = now
+		}
+		return false, warn
 	}
-	s.dropping = false
 	s.bytes += size
 	s.queue = append(s.queue, d)
 	if s.conn != nil {

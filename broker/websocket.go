@@ -2,6 +2,7 @@ package broker
 
 import (
 	"bufio"
+	"context"
 	"net"
 	"net/http"
 	"time"
@@ -16,8 +17,7 @@ func (b *Broker) WebSocket() http.Handler {
 }
 
 func (b *Broker) serveWebSocket(rw http.ResponseWriter, r *http.Request) {
-	ctx, ok := b.admit()
-	if !ok {
+	if !b.admit() {
 		http.Error(rw, "broker is stopping or full, try again later", http.StatusServiceUnavailable)
 		return
 	}
@@ -36,7 +36,7 @@ func (b *Broker) serveWebSocket(rw http.ResponseWriter, r *http.Request) {
 	if err := h.wire.SetReadDeadline(time.Now().Add(b.cfg.HandshakeTimeout)); err != nil {
 		return
 	}
-	b.serve(ctx, "websocket", websocket.NetConn(ctx, ws, websocket.MessageBinary), h.wire, Login{Remote: h.wire.RemoteAddr(), TLS: r.TLS})
+	b.serve("websocket", websocket.NetConn(context.Background(), ws, websocket.MessageBinary), h.wire, Login{Remote: h.wire.RemoteAddr(), TLS: r.TLS})
 }
 
 // hijacker puts a wire below the WebSocket.

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -20,15 +21,23 @@ const writeChunk = 16 << 10
 // deadline with every byte the peer takes, so a slow link lives and a stalled one ends.
 type wire struct {
 	net.Conn
+	socket    net.Conn // what Close closes: below a TLS of the HTTP server's, which would wait for the peer
 	stall     time.Duration
 	readLimit atomic.Int64 // time.Duration between bytes; 0: the deadline that was set stands
 	stats     *counters
 }
 
 func newWire(c net.Conn, stall time.Duration, stats *counters) *wire {
-	limitUnsent(c)
-	return &wire{Conn: c, stall: stall, stats: stats}
+	w := &wire{Conn: c, socket: c, stall: stall, stats: stats}
+	if t, ok := c.(*tls.Conn); ok {
+		w.socket = t.NetConn()
+	}
+	limitUnsent(w.socket)
+	return w
 }
+
+// Close ends the connection at once.
+func (w *wire) Close() error { return w.socket.Close() }
 
 // Read fails when nothing arrived for the read limit.
 func (w *wire) Read(p []byte) (int, error) {
@@ -60,7 +69,7 @@ func (w *wire) Write(p []byte) (int, error) {
 			w.stats.stalled.Add(1)
 			err = fmt.Errorf("peer took no byte for %v: %w", w.stall, err)
 		}
-		_ = w.Conn.Close()
+		_ = w.Close()
 		return done, err
 	}
 	return done, nil

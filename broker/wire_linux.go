@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"crypto/tls"
 	"net"
 
 	"golang.org/x/sys/unix"
@@ -13,9 +12,6 @@ const unsentBytes = 16 << 10
 // limitUnsent keeps the kernel's queue of unsent bytes short, where the connection is TCP. It is an optimisation: an
 // error is of no consequence.
 func limitUnsent(c net.Conn) {
-	if t, ok := c.(*tls.Conn); ok {
-		c = t.NetConn()
-	}
 	t, ok := c.(*net.TCPConn)
 	if !ok {
 		return
