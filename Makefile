@@ -48,7 +48,7 @@ onnxruntime: ## get the ONNX Runtime library (through npm) into the cache
 	@edgehub/worker/get-onnxruntime.sh
 
 controlplane: ## build the one-process control plane of the tests into the cache
-	@go run ./e2e/cluster/build
+	@go run ./e2e/cluster/up -build
 
 lint: ## golangci-lint, pinned
 	@$(LINT) run ./...

@@ -25,7 +25,7 @@ var layers = map[string][]string{
 	"edgehub":           {"proto", "sync", "broker", "edgehub"},
 	"edgehub/worker":    {"edgehub/worker", "edgehub/internal/oip"},
 	"deploy":            {},
-	"e2e":               {"e2e"},
+	"e2e":               {"e2e", "proto"},
 }
 
 // owners are the only folders that may import a library directly.

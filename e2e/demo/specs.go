@@ -1,0 +1,264 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/longshore-edge/longshore/e2e/cluster"
+)
+
+const modelName = "bearing"
+
+// file is a model file.
+type file struct {
+	name, digest string
+	size         int
+}
+
+// copyModels puts the committed model files into the hub's folder.
+func copyModels(into string) (map[string]file, error) {
+	models := map[string]file{}
+	for _, version := range []string{"1", "2"} {
+		name := "bearing-" + version + ".onnx"
+		b, err := os.ReadFile(filepath.Join("e2e", "bearing", name))
+		if err != nil {
+			return nil, fmt.Errorf("%w (run the demo from the top of the repository)", err)
+		}
+		models[version] = file{name, fmt.Sprintf("sha256:%x", sha256.Sum256(b)), len(b)}
+		if err := os.WriteFile(filepath.Join(into, name), b, 0o644); err != nil {
+			return nil, err
+		}
+	}
+	return models, nil
+}
+
+const streamsYAML = `streams:
+- name: temperature
+  topics: ["machines/+/temperature"]
+- name: faults
+`
+
+const edgesYAML = `apiVersion: longshore.dev/v1alpha1
+kind: Edge
+metadata:
+  name: dock-hamburg
+  labels: {line: crane}
+spec: {pods: true}
+---
+apiVersion: longshore.dev/v1alpha1
+kind: Edge
+metadata:
+  name: dock-oslo
+  labels: {line: crane}
+spec: {pods: true}
+`
+
+func (d *demo) modelYAML(version string) string {
+	f := d.models[version]
+	return fmt.Sprintf(`apiVersion: longshore.dev/v1alpha1
+kind: Model
+metadata: {name: %s, namespace: default}
+spec:
+  version: "%s"
+  edgeSelector: {matchLabels: {line: crane}}
+  variants:
+  - name: fp32
+    format: onnx
+    precision: fp32
+    source: {uri: "file:%s"}
+    digest: %s
+    sizeBytes: %d
+  bindings:
+  - input: machines/+/vibration
+    output: machines/{1}/verdict
+    stream: faults
+`, modelName, version, f.name, f.digest, f.size)
+}
+
+const podSpec = `
+    containers:
+    - name: main
+      image: example.com/crane-ui:1.0
+      envFrom: [{configMapRef: {name: crane-ui}}]
+`
+
+const configMapYAML = `apiVersion: v1
+kind: ConfigMap
+metadata: {name: crane-ui, namespace: default}
+data: {LANGUAGE: en}
+---
+`
+
+// workload is one pod on each edge: a DaemonSet where there is somebody to schedule it, Pods with a nodeName otherwise.
+func (d *demo) workload() string {
+	if d.kube {
+		return configMapYAML + `apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: longshore-objects, namespace: default}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: longshore-objects}
+subjects: [{kind: ServiceAccount, name: cloudhub, namespace: longshore-system}]
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: crane-ui, namespace: default}
+spec:
+  selector: {matchLabels: {app: crane-ui}}
+  template:
+    metadata: {labels: {app: crane-ui}}
+    spec:
+      automountServiceAccountToken: false
+      nodeSelector: {node-role.kubernetes.io/edge: ""}
+      tolerations: [{key: longshore.dev/edge, operator: Exists, effect: NoSchedule}]
+` + indent(podSpec, "  ")
+	}
+	text := configMapYAML
+	for i, edge := range []string{"dock-hamburg", "dock-oslo"} {
+		if i > 0 {
+			text += "---\n"
+		}
+		text += fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: crane-ui-%s}\nspec:\n    nodeName: %s%s", edge, edge, podSpec)
+	}
+	return text
+}
+
+func indent(text, by string) string {
+	var b strings.Builder
+	for line := range strings.Lines(strings.Trim(text, "\n")) {
+		b.WriteString(by + line)
+	}
+	return b.String() + "\n"
+}
+
+// apply hands a manifest to the source: a file in the watched folder, or kubectl apply.
+func (d *demo) apply(ctx context.Context, name, text string) error {
+	if !d.kube {
+		return d.hub.Write(name, text)
+	}
+	_, err := d.kubectl(ctx, text, "apply", "--server-side", "-f", "-")
+	return err
+}
+
+func (d *demo) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "kubectl", append([]string{"--kubeconfig", d.cluster.Kubeconfig}, args...)...)
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return string(out), nil
+}
+
+// showKube prints what a cloud team would look at.
+func (d *demo) showKube(ctx context.Context, args ...string) error {
+	if !d.kube {
+		return nil
+	}
+	out, err := d.kubectl(ctx, "", args...)
+	if err == nil {
+		d.console.show("kubectl "+strings.Join(args, " "), out)
+	}
+	return err
+}
+
+func (d *demo) startCluster(ctx context.Context, dir string) error {
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		return fmt.Errorf("kubectl is missing: install it (Debian: apt-get install kubernetes-client), or run make demo, which needs no cluster")
+	}
+	data := filepath.Join(dir, "cluster")
+	if err := os.Mkdir(data, 0o700); err != nil {
+		return err
+	}
+	var err error
+	if d.cluster, err = cluster.Open(ctx, data, os.Stderr); err != nil {
+		return err
+	}
+	crds, err := d.hub.Bin.Run(ctx, "cloudhub", "crds")
+	if err != nil {
+		return err
+	}
+	if err := d.apply(ctx, "", crds); err != nil {
+		return err
+	}
+	if _, err := d.kubectl(ctx, "", "wait", "--for=condition=Established", "crd/edges.longshore.dev", "crd/models.longshore.dev"); err != nil {
+		return err
+	}
+	for _, name := range []string{"namespace.yaml", "rbac.yaml"} {
+		text, err := os.ReadFile(filepath.Join("deploy", name))
+		if err != nil {
+			return err
+		}
+		if err := d.apply(ctx, name, string(text)); err != nil {
+			return err
+		}
+	}
+	if d.hub.Kubeconfig, err = d.hubKubeconfig(ctx, dir); err != nil {
+		return err
+	}
+	d.console.fact("kube-apiserver, controller-manager and scheduler run; CRDs and the hub's own rights are applied")
+	return nil
+}
+
+// hubKubeconfig gives the hub the rights of deploy/rbac.yaml and no others.
+func (d *demo) hubKubeconfig(ctx context.Context, dir string) (string, error) {
+	token, err := d.kubectl(ctx, "", "create", "token", "cloudhub", "--namespace", "longshore-system")
+	if err != nil {
+		return "", err
+	}
+	b, err := os.ReadFile(d.cluster.Kubeconfig)
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "cloudhub.kubeconfig")
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		return "", err
+	}
+	for _, args := range [][]string{
+		{"set-credentials", "cloudhub", "--token", strings.TrimSpace(token)},
+		{"set-context", "--current", "--user", "cloudhub"},
+	} {
+		cmd := exec.CommandContext(ctx, "kubectl", append([]string{"--kubeconfig", path, "config"}, args...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("kubectl config %s: %w: %s", args[0], err, out)
+		}
+	}
+	return path, nil
+}
+
+// verdicts compares a model version's verdicts in the sink with what the sensor knows was true.
+func (d *demo) verdicts(ctx context.Context, e *dock, version string) (right, all int, err error) {
+	records, err := d.hub.Records(ctx, e.Name, "faults")
+	if err != nil {
+		return 0, 0, err
+	}
+	for _, r := range records {
+		var v struct {
+			ID      string
+			Version string
+			Outputs struct{ Probabilities []float64 }
+		}
+		if err := json.Unmarshal([]byte(r.Payload), &v); err != nil {
+			return 0, 0, fmt.Errorf("%s: verdict %q: %w", e.Name, r.Payload, err)
+		}
+		truth, known := e.sensor.truth(v.ID)
+		if v.Version != version || !known {
+			continue
+		}
+		best := 0
+		for i, p := range v.Outputs.Probabilities {
+			if p > v.Outputs.Probabilities[best] {
+				best = i
+			}
+		}
+		all++
+		if best == int(truth) {
+			right++
+		}
+	}
+	return right, all, nil
+}
