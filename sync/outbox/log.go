@@ -276,7 +276,15 @@ func (l *Log) expire(stream string, limit time.Duration) error {
 		return nil
 	}
 	for _, t := range l.tracksOf(stream) {
-		for len(t.segs) > 0 && age(l.now(), t.segs[0].newest) > limit {
+		for len(t.segs) > 0 && age(l.now(), t.segs[0].oldest) > limit {
+			if t.segs[0].newest == 0 {
+				if err := l.date(t, t.segs[0]); err != nil {
+					return err
+				}
+			}
+			if age(l.now(), t.segs[0].newest) <= limit {
+				break
+			}
 			if err := l.drop(w, t, reasonAge); err != nil {
 				return err
 			}

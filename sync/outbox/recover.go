@@ -57,7 +57,7 @@ func (l *Log) recover() error {
 		}
 		for _, t := range e.tracks {
 			for _, s := range t.segs {
-				latest = max(latest, s.newest)
+				latest = max(latest, s.oldest, s.newest)
 			}
 		}
 	}
@@ -143,9 +143,6 @@ func (l *Log) recoverTrack(t *track, firsts []uint64) error {
 		if err := l.recoverSegment(t, s, last); err != nil {
 			return fmt.Errorf("read segment %s: %w", s.path, err)
 		}
-		if i > 0 && s.oldest > 0 && len(t.segs) > 0 {
-			t.segs[len(t.segs)-1].newest = max(t.segs[len(t.segs)-1].newest, s.oldest)
-		}
 		if s.next == s.first { // made, but nothing in it was ever acknowledged to a producer
 			if err := l.disk.Remove(s.path); err != nil {
 				return fmt.Errorf("remove empty segment: %w", err)
@@ -173,25 +170,44 @@ func (l *Log) recoverSegment(t *track, s *segment, last bool) (err error) {
 		// What the state file knows was accepted, though the file may not show it any more.
 		s.next = max(s.first, t.next)
 	}
-	for off, from := int64(0), s.first; ; {
-		b, torn, found, err := nextBatch(w, off, from)
-		if err != nil {
-			return err
-		}
-		if !found {
-			if last && torn.count > 0 && torn.first >= from {
-				s.next = max(s.next, torn.last()+1)
-			}
-			return nil
-		}
-		if s.oldest == 0 {
-			s.oldest, s.newest = b.at, b.at
-		}
-		if !last {
-			return nil
+	if b, _, found, err := nextBatch(w, 0, s.first); err != nil || !found && !last {
+		return err
+	} else if found {
+		s.oldest = b.at
+	}
+	if !last {
+		return nil
+	}
+	end, torn, err := s.scan(w)
+	if torn.count > 0 && torn.first >= end {
+		end = torn.last() + 1
+	}
+	s.next = max(s.next, end)
+	return err
+}
+
+// scan reads a segment to its end. It sets newest and returns the sequence after its last batch, and the header of a
+// damaged batch at the end.
+func (s *segment) scan(w *window) (end uint64, torn header, err error) {
+	end = s.first
+	for off := int64(0); ; {
+		b, damaged, found, err := nextBatch(w, off, end)
+		if err != nil || !found {
+			return end, damaged, err
 		}
 		s.newest = max(s.newest, b.at)
-		off, from = b.end(), b.last()+1
-		s.next = max(s.next, from)
+		off, end = b.end(), b.last()+1
 	}
+}
+
+// date finds out the log time of the newest record of a segment of an earlier start, which costs reading it.
+func (l *Log) date(t *track, s *segment) (err error) {
+	f, err := l.disk.Open(s.path)
+	if err != nil {
+		return fmt.Errorf("read segment %s: %w", s.path, err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	s.newest = s.oldest
+	_, _, err = s.scan(&window{r: f, end: s.bytes, seed: seed(t.epoch.id, t.stream)})
+	return err
 }

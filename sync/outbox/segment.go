@@ -84,7 +84,7 @@ type segment struct {
 	first, next uint64
 	// bytes of good batches.
 	bytes int64
-	// oldest and newest are the log time of the first and last batch.
+	// oldest and newest are the log time of the first and last batch; newest is 0 where nobody has looked yet.
 	oldest, newest int64
 }
 
