@@ -71,6 +71,9 @@ func (e *Engine) Load(model []byte, o engine.Options) (s engine.Session, err err
 	if err != nil {
 		return nil, err
 	}
+	if err := checkWeights(m); err != nil {
+		return nil, err
+	}
 	n := &session{model: m, backend: backend, variables: context.New()}
 	if err := m.VariablesToContext(n.variables); err != nil {
 		return nil, err
@@ -84,6 +87,21 @@ func (e *Engine) Load(model []byte, o engine.Options) (s engine.Session, err err
 	}
 	n.reset()
 	return n, nil
+}
+
+// checkWeights refuses weights that claim to be larger than what the file holds: GoMLX would reserve the memory first,
+// and Go can't recover from memory that is not there.
+func checkWeights(m *onnx.Model) error {
+	for _, w := range m.Proto.Graph.Initializer {
+		n, err := oip.Elements(w.Dims)
+		if err == nil && w.RawData != nil && n > int64(len(w.RawData)) {
+			err = fmt.Errorf("%d elements in %d bytes", n, len(w.RawData))
+		}
+		if err != nil {
+			return fmt.Errorf("weights %q: %w", w.Name, err)
+		}
+	}
+	return nil
 }
 
 func describe(names []string, shapes []onnx.DynamicShape) ([]oip.TensorMetadata, error) {
