@@ -206,7 +206,7 @@ func (s *model) infer(ctx context.Context, w *worker, payload []byte) (*oip.Devi
 	}
 	hr.Header.Set("Content-Type", "application/octet-stream")
 	hr.Header.Set(oip.HeaderLength, header)
-	answer, header, err := w.do(w.client, hr)
+	answer, header, err := w.do(hr)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
 			signal(w.hung)

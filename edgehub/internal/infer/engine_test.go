@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -68,7 +69,7 @@ func TestRealWorker(t *testing.T) {
 	worker := buildWorker(t)
 	for _, engine := range []string{"gomlx", "onnxruntime"} {
 		t.Run(engine, func(t *testing.T) {
-			if engine == "onnxruntime" && findEngines(Config{Worker: worker, Arch: "amd64"}).library == "" {
+			if engine == "onnxruntime" && !findEngines(Config{Worker: worker, Arch: runtime.GOARCH}).ort {
 				if os.Getenv("LONGSHORE_REQUIRE_ORT") == "1" {
 					t.Fatal("ONNX Runtime's library is not here: run make onnxruntime")
 				}

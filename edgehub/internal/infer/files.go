@@ -393,6 +393,7 @@ func (d *download) receive(outer context.Context, from Fetcher, have int64) erro
 				unsynced = 0
 			}
 			if d.files.limiter != nil {
+				stalled.Stop() // this pause is ours
 				if err := d.files.limiter.WaitN(outer, n); err != nil {
 					return d.fetchFailure(outer, err)
 				}

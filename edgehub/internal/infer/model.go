@@ -37,7 +37,7 @@ type model struct {
 	candidate *runner // the desired version, beside the serving one
 	fetching  *fetching
 	without   map[string]string        // engines that workers found unusable, see Manager.choose
-	gaveUp    string                   // hash of the spec given up since the agent's start
+	gaveUp    *failed                  // the spec given up since the agent's start, if it is still wanted
 	storeErr  error                    // of the last try to keep the record
 	next      *longshorepb.ModelReport // what tell publishes
 	ending    sync.WaitGroup           // runners on their way out
@@ -158,7 +158,7 @@ func (s *model) run(ctx context.Context) {
 func (s *model) clear() {
 	s.endAll(s.m.tune.drain)
 	s.ending.Wait()
-	s.gaveUp, s.without, s.next = "", map[string]string{}, nil
+	s.gaveUp, s.without, s.next = nil, map[string]string{}, nil
 	s.m.durable.retain(func(key string) bool { return key != s.key })
 	s.m.collect(func() {
 		s.mu.Lock()
@@ -223,8 +223,11 @@ func (s *model) look() {
 // reconcile brings what is nearer to what should be. It ends when only time or an event can bring it further.
 func (s *model) reconcile(ctx context.Context, want *want) {
 	rec := s.m.durable.get(s.key)
+	if s.gaveUp != nil && s.gaveUp.Hash != want.hash {
+		s.gaveUp = nil // the spec changed since
+	}
 	if rec.Failed != nil && rec.Failed.Hash != want.hash {
-		rec.Failed, s.gaveUp = nil, "" // the spec changed since
+		rec.Failed = nil
 		s.keep(rec)
 	}
 	good, goodSpec, hasGood := rec.good(s.m.cfg.MemoryLimit)
@@ -243,6 +246,7 @@ func (s *model) reconcile(ctx context.Context, want *want) {
 		s.keepGood(want, chosen, obstacle, good, hasGood)
 		rec = s.m.durable.get(s.key)
 	}
+	blocked := s.blocked(want, rec)
 	switch {
 	case obstacle != nil:
 		s.endCandidate()
@@ -252,10 +256,10 @@ func (s *model) reconcile(ctx context.Context, want *want) {
 		s.endCandidate()
 		s.endFetch()
 		s.attend(ctx, want, chosen, good, goodSpec, hasGood)
-	case s.blocked(want, rec):
+	case blocked != nil:
 		s.endCandidate()
 		s.endFetch()
-		s.setReport(want, chosen, &failure{rec.Failed.Reason, rec.Failed.Message}, nil)
+		s.setReport(want, chosen, &failure{blocked.Reason, blocked.Message}, nil)
 	default:
 		s.advance(ctx, want, chosen)
 	}
@@ -311,12 +315,18 @@ func (s *model) keep(rec record) {
 	signal(s.wake)
 }
 
-// blocked reports whether the wanted spec was given up: for good in this process, for a while after a restart.
-func (s *model) blocked(want *want, rec record) bool {
-	if rec.Failed == nil || rec.Failed.Hash != want.hash || s.serving == nil {
-		return false
+// blocked says why the wanted spec is left alone, nil if it is not: it was given up since the agent's start, or before, and
+// then for a while only.
+func (s *model) blocked(want *want, rec record) *failed {
+	switch {
+	case s.serving == nil: // any try is better than nothing
+		return nil
+	case s.gaveUp != nil:
+		return s.gaveUp
+	case rec.Failed != nil && rec.Failed.Hash == want.hash && time.Since(s.m.started) < s.m.tune.retryAfterRestart:
+		return rec.Failed
 	}
-	return s.gaveUp == want.hash || time.Since(s.m.started) < s.m.tune.retryAfterRestart
+	return nil
 }
 
 // giveUp leaves the wanted spec alone from now on.
@@ -324,8 +334,8 @@ func (s *model) giveUp(want *want, u unit, f *failure, reason string) {
 	message := fmt.Sprintf("version %s failed %d times in a row (%s); version %s serves", u.version, s.m.tune.failures, f, s.serving.u.version)
 	s.m.log.Error("new version given up", "model", s.key, "version", u.version, "reason", reason, "error", message)
 	rec := s.m.durable.get(s.key)
-	rec.Failed = &failed{Hash: want.hash, At: time.Now(), Reason: reason, Message: message}
-	s.gaveUp = want.hash
+	s.gaveUp = &failed{Hash: want.hash, At: time.Now(), Reason: reason, Message: message}
+	rec.Failed = s.gaveUp
 	s.keep(rec)
 }
 

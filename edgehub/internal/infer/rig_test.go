@@ -61,7 +61,7 @@ func openManager(dir string, from Fetcher, change func(*Config)) (*Manager, func
 	t.probeEvery, t.probeTimeout, t.memoryEvery = 100*time.Millisecond, 3*time.Second, 20*time.Millisecond
 	t.probation, t.backoffMin, t.backoffMax = 300*time.Millisecond, 20*time.Millisecond, 300*time.Millisecond
 	t.fetchMin, t.fetchMax, t.resync = 20*time.Millisecond, 200*time.Millisecond, 100*time.Millisecond
-	m.engines = engines{library: m.engines.library, gomlx: true}
+	m.engines.gomlx = true
 	return m, func() { _ = store.Close() }, nil
 }
 

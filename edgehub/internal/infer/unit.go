@@ -1,11 +1,13 @@
 package infer
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -56,25 +58,22 @@ func specHash(spec *longshorepb.Model) string {
 
 // engines this machine has.
 type engines struct {
-	library string // of ONNX Runtime; empty if there is none
+	ort     bool
+	library string // of ONNX Runtime; empty where the dynamic linker finds it
 	gomlx   bool
 }
 
-// ortNames are the file names under which ONNX Runtime is looked for.
-var ortNames = [...]string{"libonnxruntime.so.1", "libonnxruntime.so"}
+// ortName is the file name of ONNX Runtime's library.
+const ortName = "libonnxruntime.so.1"
 
 // findEngines looks for ONNX Runtime where the worker does, so that a variant is not downloaded in vain.
 func findEngines(cfg Config) engines {
 	e := engines{gomlx: cfg.Arch != "arm"}
-	if cfg.ORTLibrary != "" {
-		if isFile(cfg.ORTLibrary) {
-			e.library = cfg.ORTLibrary
+	for _, named := range []string{cfg.ORTLibrary, os.Getenv("LONGSHORE_ORT")} {
+		if named != "" {
+			e.ort, e.library = isFile(named), named
+			return e
 		}
-		return e
-	}
-	if env := os.Getenv("LONGSHORE_ORT"); env != "" && isFile(env) {
-		e.library = env
-		return e
 	}
 	dirs := []string{filepath.Dir(cfg.Worker)}
 	if cache := os.Getenv("LONGSHORE_CACHE"); cache != "" {
@@ -82,17 +81,17 @@ func findEngines(cfg Config) engines {
 	} else if cache, err := os.UserCacheDir(); err == nil {
 		dirs = append(dirs, filepath.Join(cache, "longshore", "onnxruntime"))
 	}
-	dirs = append(dirs, "/usr/local/lib", "/usr/lib", "/usr/lib64")
-	if triplet := map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu", "arm": "arm-linux-gnueabihf"}[cfg.Arch]; triplet != "" {
-		dirs = append(dirs, filepath.Join("/usr/lib", triplet))
-	}
 	for _, d := range dirs {
-		for _, n := range ortNames {
-			if p := filepath.Join(d, n); isFile(p) {
-				e.library = p
-				return e
-			}
+		if p := filepath.Join(d, ortName); isFile(p) {
+			e.ort, e.library = true, p
+			return e
 		}
+	}
+	// What the dynamic linker knows: ld.so(8).
+	linker := append(filepath.SplitList(os.Getenv("LD_LIBRARY_PATH")), "/lib", "/usr/lib")
+	e.ort = slices.ContainsFunc(linker, func(d string) bool { return isFile(filepath.Join(d, ortName)) })
+	if cache, err := os.ReadFile("/etc/ld.so.cache"); err == nil {
+		e.ort = e.ort || bytes.Contains(cache, []byte(ortName+"\x00"))
 	}
 	return e
 }
@@ -101,7 +100,7 @@ func findEngines(cfg Config) engines {
 func (e engines) lacks(engine string) string {
 	switch engine {
 	case "onnxruntime":
-		if e.library == "" {
+		if !e.ort {
 			return "ONNX Runtime's library is not on this machine (set models.ortLibrary, or put libonnxruntime.so.1 beside the worker)"
 		}
 	case "gomlx":
@@ -109,7 +108,7 @@ func (e engines) lacks(engine string) string {
 			return "GoMLX does not run on this architecture"
 		}
 	case "":
-		if e.library == "" && !e.gomlx {
+		if !e.ort && !e.gomlx {
 			return "no engine: GoMLX does not run on this architecture, and ONNX Runtime's library is not on this machine"
 		}
 	default:

@@ -28,8 +28,9 @@ import (
 )
 
 const (
-	// workerConnections bounds requests under way in one worker, which takes no more; others wait.
-	workerConnections = 16
+	// doorConnections bounds requests of the front door under way in one worker; others wait. The worker takes 16, and
+	// bindings send one at a time.
+	doorConnections = 15
 	// keepAlive of idle connections, shorter than the worker's.
 	keepAlive = 30 * time.Second
 	// oomScore makes the kernel end a worker before the agent when memory runs out.
@@ -46,9 +47,10 @@ type worker struct {
 	socket string
 	pid    int
 	client *http.Client
-	prober *http.Client
 	proxy  *httputil.ReverseProxy
-	count  *counters
+	// closeIdle closes connections that are not in use.
+	closeIdle func()
+	count     *counters
 
 	ready  chan struct{} // closed when the worker said that it is ready
 	exited chan struct{} // closed when the process is reaped
@@ -94,7 +96,7 @@ func (m *Manager) startWorker(u unit, count *counters) (*worker, error) {
 		"--model", m.files.path(u.digest), "--format", "onnx", "--name", u.name, "--version", u.version, "--socket", socket,
 		"--engine", u.engine, "--memory-limit", strconv.FormatInt(u.memory, 10), "--threads", "1",
 	}
-	if m.engines.library != "" {
+	if m.engines.ort && m.engines.library != "" {
 		args = append(args, "--ort-library", m.engines.library)
 	}
 	cmd := exec.Command(m.cfg.Worker, args...)
@@ -149,12 +151,15 @@ func (w *worker) connect(buffers *bufferPool) {
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return dialer.DialContext(ctx, "unix", w.socket)
 		},
-		MaxConnsPerHost: workerConnections, MaxIdleConnsPerHost: workerConnections,
+		MaxConnsPerHost: doorConnections, MaxIdleConnsPerHost: doorConnections,
 		IdleConnTimeout: keepAlive, DisableCompression: true,
 	}
-	w.client = &http.Client{Transport: transport}
-	// Probes don't wait behind requests.
-	w.prober = &http.Client{Transport: &http.Transport{DialContext: transport.DialContext, IdleConnTimeout: keepAlive}}
+	// Bindings and probes don't wait behind the front door.
+	w.client = &http.Client{Transport: &http.Transport{DialContext: transport.DialContext, IdleConnTimeout: keepAlive, DisableCompression: true}}
+	w.closeIdle = func() {
+		transport.CloseIdleConnections()
+		w.client.CloseIdleConnections()
+	}
 	w.proxy = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "worker", "worker"
@@ -287,8 +292,7 @@ func (w *worker) stop(grace time.Duration) {
 		w.log.Warn("kill worker", "pid", w.pid, "error", err)
 	}
 	<-w.exited
-	w.client.CloseIdleConnections()
-	w.prober.CloseIdleConnections()
+	w.closeIdle()
 	if err := os.Remove(w.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		w.log.Debug("remove socket of worker", "error", err)
 	}
@@ -300,13 +304,13 @@ func (w *worker) get(ctx context.Context, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	body, _, err := w.do(w.prober, req)
+	body, _, err := w.do(req)
 	return body, err
 }
 
 // do sends a request, and returns a successful answer's body and the size of its JSON part.
-func (w *worker) do(client *http.Client, req *http.Request) (body []byte, header string, err error) {
-	resp, err := client.Do(req)
+func (w *worker) do(req *http.Request) (body []byte, header string, err error) {
+	resp, err := w.client.Do(req)
 	if err != nil {
 		return nil, "", &transportError{err}
 	}
