@@ -2,6 +2,8 @@ package infer
 
 import (
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -42,15 +44,22 @@ func TestCorruptVersionLeavesTheOldOneServing(t *testing.T) {
 	}
 	// Nor does a restart of the agent, at first; the version that serves comes back without the hub.
 	e.stop()
-	h.down.Store(true)
 	e = startEdge(t, dir, nil, nil, nil)
 	e.m.SetDesired(specs(bad))
 	e.failed("adder", reasonLoadFailed, "1")
 	if n := e.m.Metrics()[0].Restarts; n != 0 {
 		t.Errorf("%d tries of a version given up, after a restart", n)
 	}
+	// Some time after the restart it is tried once more, beside the version that serves.
+	e.stop()
+	e = startEdge(t, dir, h, nil, func(m *Manager) { m.tune.retryAfterRestart = 0 })
+	e.m.SetDesired(specs(bad))
+	e.until("it is tried again", func() bool { return e.m.Metrics()[0].Restarts >= 3 })
+	e.failed("adder", reasonLoadFailed, "1")
+	if n := e.m.Metrics()[0].Restarts; n != 3 {
+		t.Errorf("%d tries after the restart, want 3", n)
+	}
 	// A changed spec is tried.
-	h.down.Store(false)
 	e.stop()
 	e = startEdge(t, dir, h, nil, nil)
 	e.m.SetDesired(specs(h.model("adder", "3", fault{})))
@@ -225,4 +234,41 @@ func TestVariants(t *testing.T) {
 	if n := h.asked.Load(); n > 3 { // picky for two models, fits
 		t.Errorf("%d downloads", n)
 	}
+}
+
+// fullKV is a store on a disk that is full on demand.
+type fullKV struct {
+	KV
+	full atomic.Bool
+}
+
+func (k *fullKV) Put(key string, value []byte) error {
+	if k.full.Load() {
+		return syscall.ENOSPC
+	}
+	return k.KV.Put(key, value)
+}
+
+// If this fails, a full disk stops models that need nothing of it, makes a failed version loop, or is not told.
+func TestFullStore(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	kv := &fullKV{}
+	e := startEdge(t, t.TempDir(), h, func(c *Config) { kv.KV, c.KV = c.KV, kv }, nil)
+	e.m.SetDesired(specs(h.model("adder", "1", fault{})))
+	e.serves("adder", "1")
+	e.isGood("adder", "1")
+	kv.full.Store(true)
+	e.m.SetDesired(specs(h.model("adder", "2", fault{Load: "fail"})))
+	e.failed("adder", reasonLoadFailed, "1")
+	e.m.SetDesired(specs(h.model("adder", "3", fault{})))
+	e.serves("adder", "3")
+	e.until("the store's trouble is told", func() bool { return e.report("adder").Reason == reasonStore })
+	if n := e.m.Metrics()[0].Restarts; n != 3 {
+		t.Errorf("%d tries of the bad version, want 3", n)
+	}
+	e.infers("adder")
+	kv.full.Store(false)
+	e.isGood("adder", "3")
+	e.until("the store's trouble is over", func() bool { return e.report("adder").Reason == "" })
 }
