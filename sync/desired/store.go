@@ -136,6 +136,9 @@ func openBadger(dir string, log *slog.Logger) (db *badger.DB, err error) {
 			err = fmt.Errorf("%w: %v", errCorrupt, p)
 		}
 	}()
+	if err := checkTables(dir); err != nil {
+		return nil, err
+	}
 	opt := badger.DefaultOptions(dir).
 		WithLogger(badgerLog{log}).WithMetricsEnabled(false).
 		WithSyncWrites(true).WithDetectConflicts(false).WithNumGoroutines(1).
@@ -150,6 +153,8 @@ func openBadger(dir string, log *slog.Logger) (db *badger.DB, err error) {
 // explainOpen tells a store that is damaged from one that cannot be opened now.
 func explainOpen(dir string, err error) error {
 	switch {
+	case errors.Is(err, errCorrupt):
+		return err
 	case strings.Contains(err.Error(), "directory lock"):
 		return fmt.Errorf("the state directory %s is in use: another agent runs with it, stop that one first or choose another directory: %w", dir, err)
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):

@@ -138,10 +138,8 @@ func (p *pair) edge() bool {
 			if err := p.store.Apply(a); err != nil {
 				p.t.Fatal(err)
 			}
-			if _, ok := a.(Commit); ok {
-				p.replica.Poll(p.now)
-				st := p.replica.Status()
-				p.session.Reported(p.now, st.Committed[:])
+			if c, ok := a.(Commit); ok {
+				p.session.Reported(p.now, c.List.Digest[:])
 			}
 		}
 	}

@@ -1,0 +1,168 @@
+package desired
+
+import (
+	"crypto/ed25519"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/longshore-edge/longshore/proto/longshorepb"
+)
+
+func testHello(change func(h *longshorepb.Hello)) *longshorepb.Hello {
+	h := &longshorepb.Hello{Wire: longshorepb.Wire, Nonce: make([]byte, 16), Instance: make([]byte, 16), Session: 1}
+	change(h)
+	return h
+}
+
+func testSession(t *testing.T, o objects, change func(h *longshorepb.Hello)) *Session {
+	t.Helper()
+	s, err := NewSession(SessionConfig{Cluster: "c1", Edge: "e1", EdgeKey: edgeKey, Key: testKey, Objects: o},
+		testHello(change), time.Unix(1e9, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// TestBadHello: a hub would answer what it does not understand, and the edge would never know why nothing comes.
+func TestBadHello(t *testing.T) {
+	for name, change := range map[string]func(h *longshorepb.Hello){
+		"newer wire": func(h *longshorepb.Hello) { h.Wire = longshorepb.Wire + 1 },
+		"no wire":    func(h *longshorepb.Hello) { h.Wire = 0 },
+		"nonce":      func(h *longshorepb.Hello) { h.Nonce = h.Nonce[:3] },
+		"instance":   func(h *longshorepb.Hello) { h.Instance = nil },
+		"session":    func(h *longshorepb.Hello) { h.Session = 0 },
+		"held":       func(h *longshorepb.Hello) { h.Held = []byte("x") },
+	} {
+		if _, err := NewSession(SessionConfig{Cluster: "c1", Edge: "e1", Key: testKey}, testHello(change), time.Time{}); err == nil {
+			t.Errorf("%s: the hello is taken", name)
+		}
+	}
+}
+
+// TestG5ForeignDigest: an edge could read another edge's Secrets from the same cache by asking for their digests.
+func TestG5ForeignDigest(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	mine, foreign := must(FromPod(pod("mine", 10))), must(FromPod(pod("foreign", 10)))
+	s := testSession(t, objects{mine.Digest: mine, foreign.Digest: foreign}, func(*longshorepb.Hello) {})
+	s.SetList(now, NewList([]*longshorepb.Entry{mine.Entry()}))
+	for _, a := range s.Poll(now) {
+		if _, ok := a.(Prove); !ok {
+			t.Fatalf("before the proof the hub sends %v", a)
+		}
+	}
+	s.Proved(now, s.newest)
+	for s.Poll(now) != nil {
+	}
+	s.Fetch(now, foreign.Digest, 0)
+	acts := s.Poll(now)
+	var c longshorepb.Chunk
+	if len(acts) != 1 || proto.Unmarshal(acts[0].(Send).Payload, &c) != nil || !c.GetGone() || len(c.GetData()) > 0 || c.GetNewest() == nil {
+		t.Errorf("a foreign digest is answered with %v", &c)
+	}
+}
+
+// TestFetchesAreBounded: an edge that asks without end would take the hub's memory (G4).
+func TestFetchesAreBounded(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	s := testSession(t, nil, func(*longshorepb.Hello) {})
+	for i := range uint64(10_000) {
+		s.Fetch(now, Digest{1}, i)
+		s.Fetch(now, Digest{1}, i) // and the same again costs nothing
+	}
+	if len(s.fetches) != maxFetches {
+		t.Errorf("%d requests wait, at most %d should", len(s.fetches), maxFetches)
+	}
+}
+
+// TestOneHeadInFlight: a Deployment that changes ten times a second would flood a slow link with heads.
+func TestOneHeadInFlight(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	empty := NewList(nil)
+	o := objects{}
+	s := testSession(t, o, func(h *longshorepb.Hello) { h.Held = empty.Digest[:] })
+	s.SetList(now, empty)
+	heads := 0
+	poll := func() {
+		for {
+			acts := s.Poll(now)
+			if acts == nil {
+				return
+			}
+			for _, a := range acts {
+				switch a := a.(type) {
+				case Prove:
+					s.Proved(now, s.newest)
+				case Send:
+					if strings.HasSuffix(a.Topic, "/index") {
+						heads++
+					}
+				}
+			}
+		}
+	}
+	poll()
+	if heads != 1 || !s.InSync() {
+		t.Fatalf("%d heads for an edge that is up to date, in sync %v", heads, s.InSync())
+	}
+	var last *List
+	for i := range 100 {
+		x := must(FromPod(pod("a", i+1)))
+		o[x.Digest] = x
+		last = NewList([]*longshorepb.Entry{x.Entry()})
+		s.SetList(now, last)
+		poll()
+	}
+	if heads != 2 || s.InSync() {
+		t.Errorf("%d heads while the first change is not applied, want 2; in sync %v", heads, s.InSync())
+	}
+	now = s.Deadline()
+	poll()
+	if heads != 3 || s.sent.Digest != last.Digest {
+		t.Errorf("%d heads, the newest list sent: %v", heads, s.sent.Digest == last.Digest)
+	}
+	// Not reported: sent again, with growing pauses.
+	var pauses []time.Duration
+	for range 8 {
+		at := s.Deadline()
+		pauses = append(pauses, at.Sub(now))
+		now = at
+		poll()
+	}
+	if heads != 11 || pauses[0] != 5*time.Second || pauses[7] != 2*time.Minute {
+		t.Errorf("%d heads, pauses %v", heads, pauses)
+	}
+	s.Reported(now, last.Digest[:])
+	if !s.InSync() || !s.Deadline().IsZero() {
+		t.Error("a reported list is sent again")
+	}
+}
+
+// TestSupersededIsSigned: whoever is in the middle could stop an edge by saying that it was superseded.
+func TestSupersededIsSigned(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	s := testSession(t, nil, func(h *longshorepb.Hello) { h.Nonce[0] = 1 })
+	s.Supersede(now)
+	acts := s.Poll(now)
+	if len(acts) != 2 || s.Poll(now) != nil {
+		t.Fatalf("actions %v", acts)
+	}
+	send, closed := acts[0].(Send), acts[1].(Close)
+	if closed.Reason == "" {
+		t.Error("no reason for the log")
+	}
+	r := started(t)
+	forged := ed25519.NewKeyFromSeed(make([]byte, 32))
+	if err := r.Receive(now, send.Topic, marshal(signHead(forged, headFor(func(h *longshorepb.Head) { h.Superseded = true })))); err == nil {
+		t.Error("a forged superseded is taken")
+	}
+	if err := r.Receive(now, send.Topic, send.Payload); err != nil {
+		t.Fatal(err)
+	}
+	if !r.Status().Superseded || r.Poll(now) != nil || !r.Deadline().IsZero() {
+		t.Errorf("the replica goes on: %+v", r.Status())
+	}
+}
