@@ -166,10 +166,6 @@ func (l *Log) recoverSegment(t *track, s *segment, last bool) (err error) {
 		return err
 	}
 	w := &window{r: f, end: s.bytes, seed: seed(t.epoch.id, t.stream)}
-	if last {
-		// What the state file knows was accepted, though the file may not show it any more.
-		s.next = max(s.first, t.next)
-	}
 	if b, _, found, err := nextBatch(w, 0, s.first); err != nil || !found && !last {
 		return err
 	} else if found {
@@ -182,7 +178,7 @@ func (l *Log) recoverSegment(t *track, s *segment, last bool) (err error) {
 	if torn.count > 0 && torn.first >= end {
 		end = torn.last() + 1
 	}
-	s.next = max(s.next, end)
+	s.next = end
 	return err
 }
 

@@ -3,6 +3,7 @@ package outbox
 import (
 	"errors"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -35,6 +36,7 @@ type simDisk struct {
 
 type simInode struct {
 	data, kept []byte
+	dir        bool
 	// poisoned: a Sync failed, and the kernel has thrown the dirty pages away. Later Syncs succeed and mean nothing.
 	poisoned bool
 }
@@ -63,13 +65,21 @@ func (d *simDisk) reboot() *simDisk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := newSimDisk(d.rand.Uint64())
-	for dir, changes := range d.pending {
+	for _, dir := range slices.Sorted(maps.Keys(d.pending)) {
+		changes := d.pending[dir]
 		for _, change := range changes[:d.rand.IntN(len(changes)+1)] {
 			change(d.kept)
 		}
-		_ = dir
 	}
-	for path, in := range d.kept {
+	for _, path := range slices.Sorted(maps.Keys(d.kept)) {
+		in := d.kept[path]
+		lost := false
+		for dir := filepath.Dir(path); dir != "/"; dir = filepath.Dir(dir) {
+			lost = lost || d.kept[dir] == nil
+		}
+		if lost {
+			continue
+		}
 		data := slices.Clone(in.kept)
 		if !in.poisoned && len(in.data) > len(data) {
 			fresh := slices.Clone(in.data[len(data):][:d.rand.IntN(len(in.data)-len(data)+1)])
@@ -79,7 +89,7 @@ func (d *simDisk) reboot() *simDisk {
 			}
 			data = append(data, fresh...)
 		}
-		i := &simInode{data: data, kept: slices.Clone(data)}
+		i := &simInode{data: data, kept: slices.Clone(data), dir: in.dir}
 		n.now[path], n.kept[path] = i, i
 	}
 	return n
@@ -91,14 +101,38 @@ func (d *simDisk) change(path string, f func(map[string]*simInode)) {
 	d.pending[dir] = append(d.pending[dir], f)
 }
 
-// Directories exist as far as they are used: their loss shows as the loss of what is in them.
-func (d *simDisk) MkdirAll(string) error { return nil }
+func (d *simDisk) MkdirAll(path string) error {
+	if path == "/" {
+		return nil
+	}
+	if err := d.MkdirAll(filepath.Dir(path)); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.now[path] != nil {
+		return nil
+	}
+	cut, err := d.step()
+	if err != nil {
+		return err
+	}
+	in := &simInode{dir: true}
+	d.change(path, func(m map[string]*simInode) { m[path] = in })
+	if cut {
+		return errPower
+	}
+	return nil
+}
 
 func (d *simDisk) Create(path string) (file, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.now[path] != nil {
 		return nil, os.ErrExist
+	}
+	if d.now[filepath.Dir(path)] == nil {
+		return nil, os.ErrNotExist
 	}
 	cut, err := d.step()
 	if err != nil {
