@@ -182,7 +182,8 @@ func (s *session) Run(inputs []oip.Tensor, outputs []string) (results []oip.Tens
 	// All outputs are computed, so that the choice of outputs needs no graph of its own.
 	all, err := s.exec.Exec(args...)
 	if err != nil {
-		return nil, err
+		// The model passed its warm-up, so it is these shapes that it can't do.
+		return nil, &engine.InputError{Err: err}
 	}
 	for i, t := range all {
 		if slices.Contains(outputs, s.outputs[i].Name) {

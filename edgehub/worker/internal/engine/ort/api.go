@@ -18,7 +18,6 @@ const apiVersion = 24
 
 // Positions of functions in struct OrtApi, onnxruntime_c_api.h.
 const (
-	fnGetErrorCode                   = 1
 	fnGetErrorMessage                = 2
 	fnCreateEnv                      = 3
 	fnCreateSessionFromArray         = 8
@@ -60,9 +59,6 @@ const (
 	functions                        = 131
 )
 
-// Values of OrtErrorCode.
-const codeInvalidArgument = 2
-
 // Runtime is ONNX Runtime, loaded into this process, where it stays. Safe for concurrent use.
 type Runtime struct {
 	version   string
@@ -99,8 +95,8 @@ func open(path string) (*Runtime, error) {
 		return nil, fmt.Errorf("%s is version %s; at least 1.%d is needed", path, r.version, apiVersion)
 	}
 	r.api = *(*[functions]uintptr)(pointer(api))
-	const logErrors = 3
-	if err := r.call(fnCreateEnv, logErrors, uintptr(unsafe.Pointer(cString("longshore"))), uintptr(unsafe.Pointer(&r.env))); err != nil {
+	const logFatal = 4 // errors are returned
+	if err := r.call(fnCreateEnv, logFatal, uintptr(unsafe.Pointer(cString("longshore"))), uintptr(unsafe.Pointer(&r.env))); err != nil {
 		return nil, err
 	}
 	const arenaAllocator, defaultMemory = 1, 0
@@ -120,17 +116,15 @@ func (r *Runtime) Name() string { return "onnxruntime" }
 func (r *Runtime) Version() string { return r.version }
 
 // statusError is what ONNX Runtime said.
-type statusError struct {
-	code    int
-	message string
-}
+type statusError string
 
-func (e *statusError) Error() string { return e.message }
+func (e statusError) Error() string { return string(e) }
 
-func (e *statusError) Unwrap() error {
-	if strings.Contains(e.message, "bad_alloc") || strings.Contains(e.message, "bad allocation") ||
-		strings.Contains(e.message, "Failed to allocate memory") {
-		return engine.ErrOutOfMemory
+func (e statusError) Unwrap() error {
+	for _, s := range []string{"bad_alloc", "bad allocation", "Failed to allocate memory"} {
+		if strings.Contains(string(e), s) {
+			return engine.ErrOutOfMemory
+		}
 	}
 	return nil
 }
@@ -144,9 +138,8 @@ func (r *Runtime) call(fn int, args ...uintptr) error {
 	if status == 0 {
 		return nil
 	}
-	code, _, _ := purego.SyscallN(r.api[fnGetErrorCode], status)
 	message, _, _ := purego.SyscallN(r.api[fnGetErrorMessage], status)
-	err := &statusError{code: int(int32(code)), message: goString(message)}
+	err := statusError(goString(message))
 	purego.SyscallN(r.api[fnReleaseStatus], status)
 	return err
 }

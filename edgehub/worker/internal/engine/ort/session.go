@@ -179,10 +179,11 @@ func (s *session) Run(inputs []oip.Tensor, outputs []string) ([]oip.Tensor, erro
 		uintptr(len(inputs)), uintptr(unsafe.Pointer(unsafe.SliceData(outNames))), uintptr(len(outputs)),
 		uintptr(unsafe.Pointer(unsafe.SliceData(outValues))))
 	if err != nil {
-		if status, ok := errors.AsType[*statusError](err); ok && status.code == codeInvalidArgument {
-			return nil, &engine.InputError{Err: err}
+		if errors.Is(err, engine.ErrOutOfMemory) {
+			return nil, err
 		}
-		return nil, err
+		// The model passed its warm-up, so it is these inputs that it can't do.
+		return nil, &engine.InputError{Err: err}
 	}
 	results := make([]oip.Tensor, len(outputs))
 	for i, name := range outputs {
