@@ -216,8 +216,7 @@ func ignoreClosed(err error) error {
 func (a *agent) account() uplink.Account {
 	node := proto.CloneOf(a.node)
 	node.DiskBytes, node.DiskFreeBytes = diskOf(a.cfg.State)
-	streams, _ := a.outbox.Stats()
-	for _, s := range streams {
+	for _, s := range a.outboxStatus().Streams {
 		node.BacklogRecords += s.Held
 		node.BacklogBytes += uint64(s.HeldBytes)
 	}

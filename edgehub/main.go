@@ -60,14 +60,10 @@ over the file. The file is ` + defaultConfig + ` or what --config says:
       policy: drop-oldest                      # or refuse: then devices keep what does not fit`,
 		SilenceErrors: true, SilenceUsage: true,
 		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().String("config", "", "configuration file (default "+defaultConfig+" if it is there)")
-	for _, s := range settings() {
-		usage := s.usage + " [$" + s.env() + "]"
-		if s.key == "state" {
-			root.PersistentFlags().String(s.flag(), "", usage+" (default "+defaultState+")")
-		}
-	}
+	root.PersistentFlags().String("state", "", "folder for everything the agent keeps [$LONGSHORE_STATE] (default "+defaultState+")")
 	root.AddCommand(runCommand(), statusCommand(), modelsCommand(), leaveCommand(), bundleCommand(), versionCommand())
 	return root
 }
@@ -127,10 +123,11 @@ func runCommand() *cobra.Command {
 		if v := shown[s.key]; v != "" {
 			usage += " (default " + v + ")"
 		}
-		cmd.Flags().String(s.flag(), "", usage)
 		if s.key == "broker.allowAnonymous" {
-			cmd.Flags().Lookup(s.flag()).NoOptDefVal = "true"
+			cmd.Flags().Bool(s.flag(), false, usage)
+			continue
 		}
+		cmd.Flags().String(s.flag(), "", usage)
 	}
 	return cmd
 }

@@ -205,6 +205,9 @@ func (a *agent) outboxStatus() OutboxStatus {
 	streams, disk := a.outbox.Stats()
 	o.DiskBytes = disk
 	for _, t := range streams {
+		if t.Held == 0 {
+			t.HeldBytes = 0 // what is left of a file is nothing that waits
+		}
 		o.Streams = append(o.Streams, StreamStatus{
 			Stream: t.Stream, Accepted: t.Accepted, Acked: t.Acked, Held: t.Held, HeldBytes: t.HeldBytes,
 			Dropped: t.Dropped, Refused: t.Refused, OldestAgeSeconds: int64(t.OldestAge.Seconds()),
