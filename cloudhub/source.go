@@ -1,8 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"os"
 
+	"github.com/longshore-edge/longshore/cloudhub/internal/kube"
 	"github.com/longshore-edge/longshore/cloudhub/internal/manifest"
 	"github.com/longshore-edge/longshore/cloudhub/internal/mirror"
 )
@@ -19,8 +22,7 @@ type source interface {
 func (h *hub) newSource() (source, error) {
 	log := h.log.With("part", h.cfg.Source)
 	if h.cfg.Source == "kubernetes" {
-		return nil, usagef("--source kubernetes: not built in yet")
+		return kube.New(kube.Config{Kubeconfig: cmp.Or(h.cfg.Kubeconfig, os.Getenv("KUBECONFIG")), HubName: h.cfg.HubName, Logger: log, Cache: h.cache})
 	}
 	return manifest.New(manifest.Config{Dir: h.cfg.Manifests, Logger: log, Cache: h.cache, DataDir: h.cfg.Data})
 }
-
