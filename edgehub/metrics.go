@@ -53,6 +53,7 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	emit(counter, "devices_messages_total", "Messages of devices.", float64(s.Devices.MessagesIn), "direction", "in")
 	emit(counter, "devices_messages_total", "Messages of devices.", float64(s.Devices.MessagesOut), "direction", "out")
 	emit(counter, "devices_dropped_total", "Messages that slow or absent subscribers did not get.", float64(s.Devices.Dropped))
+	emit(counter, "devices_refused_total", "Messages refused because their stream or the disk was full.", float64(s.Devices.NotStored))
 	for _, m := range c.a.models.Metrics() {
 		label := []string{"namespace", m.Namespace, "model", m.Name}
 		emit(gauge, "model_ready", "Whether a worker serves the model.", truth(m.Ready), label...)

@@ -137,6 +137,9 @@ type DeviceStatus struct {
 	MessagesIn  int64  `json:"messagesIn"`
 	MessagesOut int64  `json:"messagesOut"`
 	Dropped     int64  `json:"dropped"`
+	// NotStored counts messages refused since the start because their stream or the disk was full.
+	NotStored       uint64 `json:"notStored"`
+	NotStoredReason string `json:"notStoredReason,omitempty"`
 }
 
 // ClockStatus says what the box's clock is worth.
@@ -154,6 +157,9 @@ type DiskStatus struct {
 	ModelBytes int64  `json:"modelBytes"`
 	ModelQuota int64  `json:"modelQuota"`
 }
+
+// lowDisk is how much free space is worth a warning.
+const lowDisk = 64 << 20
 
 // status looks at every part now.
 func (a *agent) status() Status {
@@ -177,6 +183,13 @@ func (a *agent) status() Status {
 		Disk:  DiskStatus{State: a.cfg.State},
 	}
 	s.Disk.SizeBytes, s.Disk.FreeBytes = diskOf(a.cfg.State)
+	if s.Disk.FreeBytes < lowDisk {
+		s.Warnings = append(s.Warnings, "the disk is nearly full: soon messages of devices will be refused and no specs or models be taken; free some space")
+	}
+	var why error
+	if s.Devices.NotStored, why = a.broker.Unstored(); why != nil {
+		s.Devices.NotStoredReason = why.Error()
+	}
 	s.Disk.ModelBytes, s.Disk.ModelQuota = a.models.DiskUsage()
 	s.Link, s.List = linkStatus(a.cfg.Hub.URL, a.uplink.Status())
 	for _, p := range a.reconcile.Pods() {
@@ -289,6 +302,9 @@ func printStatus(w io.Writer, s Status) {
 		line("", "%s", s.List.Error)
 	}
 	line("Devices:", "MQTT on %s, %d connected, %d messages in, %d out", s.Devices.Listen, s.Devices.Connections, s.Devices.MessagesIn, s.Devices.MessagesOut)
+	if s.Devices.NotStored > 0 {
+		line("", "%d messages refused, the newest because: %s", s.Devices.NotStored, s.Devices.NotStoredReason)
+	}
 	line("Inference:", "http://%s/v2", s.HTTP)
 	line("Clock:", "%s (%s)", s.Clock.Wall.UTC().Format(time.RFC3339), s.Clock.Quality)
 	line("Disk:", "%s free of %s at %s; models %s of %s, outbox %s", humanize.IBytes(s.Disk.FreeBytes), humanize.IBytes(s.Disk.SizeBytes),

@@ -8,7 +8,6 @@ import (
 	"net"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/longshore-edge/longshore/broker"
 	"github.com/longshore-edge/longshore/sync/outbox"
@@ -20,9 +19,6 @@ const device = "device"
 
 // listener names the broker's one door.
 const listener = "devices"
-
-// complainPause is the least time between two log lines about the same stream.
-const complainPause = 10 * time.Second
 
 // Stream maps topics to a telemetry stream.
 type Stream struct {
@@ -53,13 +49,14 @@ type Broker struct {
 	cfg Config
 	mq  *broker.Broker
 
-	mu         sync.Mutex
-	complained map[string]time.Time // guarded by mu: when a stream's trouble was last logged
+	mu       sync.Mutex
+	unstored uint64 // guarded by mu
+	why      error  // guarded by mu: of the newest message not stored
 }
 
 // New checks the configuration and opens the listener, so that a taken port is an error here. It starts nothing.
 func New(cfg Config) (*Broker, error) {
-	b := &Broker{cfg: cfg, complained: map[string]time.Time{}}
+	b := &Broker{cfg: cfg}
 	for _, s := range cfg.Streams {
 		for _, f := range s.Topics {
 			if err := topic.ValidFilter(f); err != nil {
@@ -108,12 +105,12 @@ func (b *Broker) store(ctx context.Context, batch []broker.Message) []error {
 	if len(recs) > 0 {
 		stored, err := b.cfg.Outbox.Append(ctx, recs)
 		for k, i := range at {
-			verdicts[i] = err
+			verdict := err
 			if err == nil {
-				verdicts[i] = stored[k]
+				verdict = stored[k]
 			}
-			if verdicts[i] != nil {
-				b.complain(recs[k].Stream, batch[i], verdicts[i])
+			if verdict != nil {
+				verdicts[i] = b.refuse(recs[k].Stream, verdict)
 			}
 		}
 	}
@@ -136,20 +133,24 @@ func (b *Broker) stream(name string) string {
 	return ""
 }
 
-// complain logs why messages are not acknowledged, now and then.
-func (b *Broker) complain(stream string, m broker.Message, err error) {
+// refuse counts a message that is not stored and says why; the broker logs it.
+func (b *Broker) refuse(stream string, err error) error {
+	if errors.Is(err, outbox.ErrFull) {
+		err = fmt.Errorf("%w: raise its maxBytes, or set its policy to drop-oldest", err)
+	}
+	err = fmt.Errorf("stream %q: %w", stream, err)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if time.Since(b.complained[stream]) < complainPause {
-		return
-	}
-	b.complained[stream] = time.Now()
-	advice := "free disk space where the state directory is, or lower the streams' maxBytes"
-	if errors.Is(err, outbox.ErrFull) {
-		advice = "raise the stream's maxBytes, or set its policy to drop-oldest"
-	}
-	b.cfg.Logger.Error("message of a device not stored and not acknowledged; its connection is closed so that it sends it again",
-		"stream", stream, "topic", m.Topic, "client", m.ClientID, "error", err, "advice", advice)
+	b.unstored++
+	b.why = err
+	return err
+}
+
+// Unstored returns how many messages were not stored, so not acknowledged, since the start, and why the newest was not.
+func (b *Broker) Unstored() (n uint64, why error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.unstored, b.why
 }
 
 // anyone lets every client in, as a device.

@@ -202,6 +202,9 @@ func TestFullStreamRefusesWithoutPuback(t *testing.T) {
 	if got := len(stored(t, b.log)); got != acked {
 		t.Errorf("%d messages are stored, %d were acknowledged", got, acked)
 	}
+	if n, why := b.Unstored(); n != 1 || why == nil || !strings.Contains(why.Error(), `stream "small"`) || !strings.Contains(why.Error(), "maxBytes") {
+		t.Errorf("%d not stored because %v", n, why)
+	}
 	b.publish("-q", "1", "-t", "other", "-m", "fine")
 	streams, _ := b.log.Stats()
 	for _, s := range streams {

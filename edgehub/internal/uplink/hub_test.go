@@ -39,20 +39,22 @@ type hub struct {
 	addr   string
 	stop   func() // ends the broker and all connections
 
-	mu       sync.Mutex
-	list     *desired.List
-	objects  map[desired.Digest]desired.Object
-	conn     *hubConn // newest
-	hellos   []*longshorepb.Hello
-	reports  []*longshorepb.Reported
-	records  map[string][]string // payloads by stream in order of arrival, each identity once
-	have     map[string]*seqset.Set
-	resent   int
-	part     []byte // of the frame that comes in fragments
-	clocks   map[string]*longshorepb.Clock
-	deaf     int // telemetry messages to lose
-	withhold bool
-	order    []topic.Kind // of everything received
+	mu      sync.Mutex
+	list    *desired.List
+	objects map[desired.Digest]desired.Object
+	conn    *hubConn // newest
+	hellos  []*longshorepb.Hello
+	reports []*longshorepb.Reported
+	records map[string][]string // payloads by stream in order of arrival, each identity once
+	have    map[string]*seqset.Set
+	resent  int
+	part    []byte // of the frame that comes in fragments
+	clocks  map[string]*longshorepb.Clock
+	deaf    int // telemetry messages to lose
+	// lostReports is how many reports of a committed list to lose.
+	lostReports int
+	withhold    bool
+	order       []topic.Kind // of everything received
 }
 
 type hubConn struct {
@@ -166,6 +168,7 @@ func (h *hub) Received(c *broker.Conn, name string, payload []byte) {
 		h.hellos = append(h.hellos, &m)
 		if h.conn.session, err = desired.NewSession(desired.SessionConfig{
 			Cluster: "test", Edge: edgeName, EdgeKey: h.digest[:], Key: h.key, Objects: hubObjects{h},
+			ResendMin: 100 * time.Millisecond,
 		}, &m, time.Now()); err != nil {
 			h.t.Error("hello:", err)
 			return
@@ -174,7 +177,10 @@ func (h *hub) Received(c *broker.Conn, name string, payload []byte) {
 	case topic.Reported:
 		var m longshorepb.Reported
 		h.decode(payload, &m)
-		h.reports = append(h.reports, &m)
+		if h.reports = append(h.reports, &m); h.lostReports > 0 && len(m.GetList()) > 0 {
+			h.lostReports--
+			return
+		}
 		h.conn.session.Reported(time.Now(), m.GetList())
 	case topic.Telemetry:
 		if h.deaf > 0 {
@@ -361,6 +367,7 @@ func (h *hub) inSync() bool {
 type edge struct {
 	*Uplink
 	t         *testing.T
+	dir       string
 	store     *desired.Store
 	outbox    *outbox.Log
 	committed chan struct{}
@@ -382,7 +389,7 @@ func newEdge(t *testing.T, h *hub, dir string, change ...func(*Config)) *edge {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &edge{t: t, store: store, outbox: box, committed: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+	e := &edge{t: t, dir: dir, store: store, outbox: box, committed: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
 	e.account.Node = &longshorepb.NodeReport{Hostname: "box"}
 	cfg := Config{
 		Logger: log, Edge: edgeName, Token: h.token, EdgeKey: h.digest[:], HubKeys: []ed25519.PublicKey{h.key.Public().(ed25519.PublicKey)},

@@ -295,6 +295,46 @@ func TestHelloAndReportPrecedeTelemetry(t *testing.T) {
 	}
 }
 
+// G1: without this, a change would wait for days behind an offline week's backlog on a slow link, and a live alarm too.
+func TestSpecsAndLiveReadingsPassTheBacklogOnASlowLink(t *testing.T) {
+	checkLeaks(t)
+	h := newHub(t)
+	link := newSlowLink(t, h.addr, 24<<10)
+	e := newEdge(t, h, t.TempDir(), func(c *Config) { c.URL = "tcp://127.0.0.1:1" }) // no link yet
+	const backlog = 150
+	for range backlog {
+		e.append("backlog", randomText(t, 12<<10)) // 900 KiB compressed: forty seconds of this link
+	}
+	dir := e.dir
+	e.stop()
+	e = newEdge(t, h, dir, func(c *Config) { c.URL = "tcp://" + link.Addr().String() })
+	arrived := func(stream string) int { return look(h, func() int { return len(h.records[stream]) }) }
+	eventually(t, "the replay has begun", func() bool { return arrived("backlog") > 2 })
+	h.hold("1", strings.Repeat("v", 20_000))
+	eventually(t, "the list is applied", h.inSync)
+	if n := arrived("backlog"); n > backlog/2 {
+		t.Errorf("%d of %d records came before the list", n, backlog)
+	}
+	e.append("live", "alarm")
+	eventually(t, "the live reading arrives", func() bool { return arrived("live") == 1 })
+	if n := arrived("backlog"); n > backlog*3/4 {
+		t.Errorf("%d of %d records came before the live one", n, backlog)
+	}
+}
+
+// G1: without this, the hub would show an edge as behind for ever because one message was lost.
+func TestLostReportIsRepeated(t *testing.T) {
+	checkLeaks(t)
+	h := newHub(t)
+	h.lostReports = 1
+	h.hold("1")
+	newEdge(t, h, t.TempDir())
+	eventually(t, "the hub learns that the list is applied", h.inSync)
+	if n := look(h, func() int { return h.lostReports }); n != 0 {
+		t.Error("no report was lost")
+	}
+}
+
 // Without this, a model download would begin anew after each cut, or hang for ever without a link.
 func TestFetchResumesAndExplains(t *testing.T) {
 	checkLeaks(t)
