@@ -76,6 +76,7 @@ type feed[T object] struct {
 	position string // no older than what the sink holds; empty until synced
 	synced   bool
 	moved    chan struct{} // closed and replaced whenever something changed
+	again    func()        // ends the watch, so that another begins with a list; nil while none runs
 }
 
 func newFeed[T object](what selection, to sink[T], restored func()) *feed[T] {
@@ -94,12 +95,38 @@ func (f *feed[T]) Run(ctx context.Context, example T) {
 		}
 		return w, err
 	}
-	r := cache.NewReflectorWithOptions(lw, example, f, cache.ReflectorOptions{
-		Name: f.what.resource,
-		// From 0.8 s to 10 s: a hub that cannot watch is of no use, so it is more eager than the usual 30 s.
-		Backoff: &wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 12, Cap: 10 * time.Second},
-	})
-	r.RunWithContext(ctx)
+	listFunc := lw.ListWithContextFunc
+	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+		if o.ResourceVersion == "0" {
+			o.ResourceVersion = "" // an API server's cache may be behind what this hub has seen
+		}
+		return listFunc(ctx, o)
+	}
+	for ctx.Err() == nil {
+		limited, cancel := context.WithCancel(ctx)
+		f.setAgain(cancel)
+		cache.NewReflectorWithOptions(lw, example, f, cache.ReflectorOptions{
+			Name: f.what.resource,
+			// From 0.8 s to 10 s: a hub that cannot watch is of no use, so it is more eager than the usual 30 s.
+			Backoff: &wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 12, Cap: 10 * time.Second},
+		}).RunWithContext(limited)
+		cancel()
+	}
+}
+
+func (f *feed[T]) setAgain(again func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.again = again
+}
+
+// relist makes the feed begin anew with a list.
+func (f *feed[T]) relist() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.again != nil {
+		f.again()
+	}
 }
 
 // Add, Update, Delete, Replace, Resync and UpdateResourceVersion are called by the Reflector alone, from one goroutine.

@@ -22,7 +22,7 @@ import (
 const (
 	// A namespace that is not opted in is asked about more often than one that is.
 	askClosed = 10 * time.Second
-	askOpen   = time.Minute
+	askOpen   = 30 * time.Second
 	askFailed = 2 * time.Second
 
 	notOptedIn = "namespace %s is not opted in: bind the ClusterRole longshore-objects there to the hub's account"
@@ -34,6 +34,8 @@ type named struct {
 	core  kubernetes.Interface
 	cache *mirror.Cache
 	log   *slog.Logger
+	// How often a namespace is asked about.
+	askClosed, askOpen time.Duration
 
 	mu    sync.Mutex
 	wants map[mirror.Reference]int // how many pods name it
@@ -63,7 +65,7 @@ type namedWatch struct {
 
 func newNamed(core kubernetes.Interface, cache *mirror.Cache, log *slog.Logger, restored func()) *named {
 	n := &named{
-		core: core, cache: cache, log: log,
+		core: core, cache: cache, log: log, askClosed: askClosed, askOpen: askOpen,
 		watches: map[mirror.Reference]*namedWatch{}, gates: map[gateKey]*gate{},
 		changed: make(chan struct{}, 1), moved: make(chan struct{}), restored: restored,
 	}
@@ -223,6 +225,19 @@ func (n *named) selection(r mirror.Reference) selection {
 	}
 }
 
+// relist makes all watches begin anew with a list.
+func (n *named) relist() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, w := range n.watches {
+		if w.secret != nil {
+			w.secret.relist()
+		} else {
+			w.configMap.relist()
+		}
+	}
+}
+
 // find waits until Run follows an object, or no pod names it any more (nil).
 func (n *named) find(ctx context.Context, r mirror.Reference) (*namedWatch, error) {
 	for {
@@ -293,7 +308,7 @@ func newGate(ctx context.Context, n *named, key gateKey, running *sync.WaitGroup
 	running.Go(func() {
 		defer close(done)
 		for {
-			next := askOpen
+			next := n.askOpen
 			open, err := n.allowed(ctx, key)
 			switch {
 			case ctx.Err() != nil:
@@ -304,7 +319,7 @@ func newGate(ctx context.Context, n *named, key gateKey, running *sync.WaitGroup
 			default:
 				g.set(open)
 				if !open {
-					next = askClosed
+					next = n.askClosed
 				}
 			}
 			if !pause(ctx, wait.Jitter(next, 0.2)) {
@@ -333,8 +348,20 @@ func (g *gate) read() (open, known bool, moved <-chan struct{}) {
 	return g.open, g.known, g.moved
 }
 
-// allowed asks the API server whether this hub's account may watch a kind in a namespace.
+// allowed asks the API server whether this hub's account may watch a kind in a namespace. An API server that has just started
+// denies everything for a moment; edges must not lose their objects over that.
 func (n *named) allowed(ctx context.Context, key gateKey) (bool, error) {
+	allowed, err := n.review(ctx, key)
+	if err != nil || allowed {
+		return allowed, err
+	}
+	if err := n.core.CoreV1().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error(); err != nil {
+		return false, fmt.Errorf("the API server is not ready: %w", err)
+	}
+	return n.review(ctx, key)
+}
+
+func (n *named) review(ctx context.Context, key gateKey) (bool, error) {
 	resource := "configmaps"
 	if key.kind == longshorepb.Kind_KIND_SECRET {
 		resource = "secrets"

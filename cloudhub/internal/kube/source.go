@@ -126,8 +126,8 @@ func (s *Source) forget() {
 // Run feeds the cache and writes reports until ctx ends; it returns nil then. Without an API server it goes on trying. A
 // Source runs once.
 func (s *Source) Run(ctx context.Context) error {
-	ctx = klog.NewContext(ctx, klog.Logger(logr.FromSlogHandler(s.log.Handler())))
 	g, ctx := errgroup.WithContext(ctx)
+	ctx = klog.NewContext(ctx, logr.FromSlogHandler(clientLog{s.log.Handler(), ctx.Done()}))
 	g.Go(func() error { return s.feed(ctx) })
 	g.Go(func() error { return s.named.Run(ctx) })
 	g.Go(func() error { return s.probe(ctx) })
@@ -266,11 +266,19 @@ func (s *Source) ClusterUID(ctx context.Context) (string, error) {
 	return string(ns.UID), nil
 }
 
-// probe asks the API server now and then whether it is there: a quiet watch does not tell.
+// probe asks the store now and then where it is: a quiet watch does not tell that the API server is away, and one from a
+// resourceVersion that a restored store has not reached yet stays quiet for ever. When the API server was away, everything is
+// listed again, since the store may have been restored and have caught up meanwhile.
 func (s *Source) probe(ctx context.Context) error {
+	away := false
 	for {
+		gen := s.generation.Load()
+		var before string
+		if gen != nil {
+			before = gen.edges.at()
+		}
 		limited, cancel := context.WithTimeout(ctx, probeLimit)
-		err := s.clients.core.CoreV1().RESTClient().Get().AbsPath("/readyz").Do(limited).Error()
+		at, err := s.position(limited)
 		cancel()
 		if err != nil {
 			err = fmt.Errorf("the API server does not answer: %s", firstLine(err))
@@ -278,10 +286,32 @@ func (s *Source) probe(ctx context.Context) error {
 		s.mu.Lock()
 		s.answered = err
 		s.mu.Unlock()
+		switch {
+		case err != nil:
+			away = true
+		case gen != nil && older(at, before):
+			gen.restored()
+		case gen != nil && away:
+			gen.edges.relist()
+			gen.models.relist()
+			gen.nodes.relist()
+			gen.pods.relist()
+			s.named.relist()
+		}
+		if err == nil {
+			away = false
+		}
 		if !pause(ctx, probeEvery) {
 			return nil
 		}
 	}
+}
+
+// position returns the store's newest resourceVersion.
+func (s *Source) position(ctx context.Context) (string, error) {
+	var edges v1alpha1.EdgeList
+	err := s.clients.edge.Get().Resource("edges").Param("limit", "1").Do(ctx).Into(&edges)
+	return edges.ResourceVersion, err
 }
 
 // write takes edges from the queue and reconciles them.
@@ -347,4 +377,29 @@ func pause(ctx context.Context, d time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
+}
+
+// clientLog is where client-go logs: what it calls an error is a warning here, since it tries again, and while the hub ends
+// every request of its fails.
+type clientLog struct {
+	slog.Handler
+	ended <-chan struct{}
+}
+
+func (l clientLog) Handle(ctx context.Context, r slog.Record) error {
+	select {
+	case <-l.ended:
+		return nil
+	default:
+	}
+	r.Level = min(r.Level, slog.LevelWarn)
+	return l.Handler.Handle(ctx, r)
+}
+
+func (l clientLog) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return clientLog{l.Handler.WithAttrs(attrs), l.ended}
+}
+
+func (l clientLog) WithGroup(name string) slog.Handler {
+	return clientLog{l.Handler.WithGroup(name), l.ended}
 }

@@ -62,10 +62,13 @@ func (w *work) report(s mirror.EdgeState) {
 	w.entry(s.Edge).state = &s
 }
 
+// forget drops an edge that is gone. A report of one that is connected stays: the watch may be behind the enrolment.
 func (w *work) forget(edge string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.byEdge, edge)
+	if e := w.byEdge[edge]; e != nil && (e.state == nil || !e.state.Online) {
+		delete(w.byEdge, edge)
+	}
 }
 
 func (w *work) state(e *edgeWork) *mirror.EdgeState {
