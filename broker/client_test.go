@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -25,8 +26,8 @@ type client struct {
 	connack packets.Packet
 
 	wmu     sync.Mutex
-	mu      sync.Mutex
-	auto    bool // acknowledge PUBLISH and PUBREL
+	backlog []*packets.Packet // taken from in and not asked for yet
+	auto    bool              // acknowledge PUBLISH and PUBREL
 	onMsg   func(packets.Packet)
 	in      chan *packets.Packet // what was not handled
 	done    chan struct{}
@@ -177,6 +178,7 @@ func (c *client) read(r *bufio.Reader) (pk packets.Packet, err error) {
 
 func (c *client) loop(r *bufio.Reader) {
 	defer close(c.done)
+	defer close(c.in)
 	for {
 		pk, err := c.read(r)
 		if err != nil {
@@ -216,29 +218,29 @@ func (c *client) ack(kind byte, id uint16) error {
 	return c.write(packets.Packet{FixedHeader: packets.FixedHeader{Type: kind, Qos: qos}, PacketID: id})
 }
 
-// next returns the next packet of one of these types, and skips others.
+// next returns the next packet of one of these types; others wait for a later call.
 func (c *client) next(kinds ...byte) packets.Packet {
 	c.t.Helper()
+	for i, pk := range c.backlog {
+		if bytes.IndexByte(kinds, pk.FixedHeader.Type) >= 0 {
+			c.backlog = slices.Delete(c.backlog, i, i+1)
+			return *pk
+		}
+	}
 	limit := time.NewTimer(patience)
 	defer limit.Stop()
 	for {
 		select {
-		case pk := <-c.in:
+		case pk, ok := <-c.in:
+			if !ok {
+				c.t.Fatalf("connection ended while waiting for packet of type %v: %v", kinds, c.readErr)
+			}
 			if bytes.IndexByte(kinds, pk.FixedHeader.Type) >= 0 {
 				return *pk
 			}
+			c.backlog = append(c.backlog, pk)
 		case <-limit.C:
 			c.t.Fatalf("no packet of type %v within %v", kinds, patience)
-		case <-c.done:
-			select {
-			case pk := <-c.in:
-				if bytes.IndexByte(kinds, pk.FixedHeader.Type) >= 0 {
-					return *pk
-				}
-				continue
-			default:
-			}
-			c.t.Fatalf("connection ended while waiting for packet of type %v: %v", kinds, c.readErr)
 		}
 	}
 }

@@ -95,9 +95,12 @@ func (h *hook) OnConnect(cl *mqtt.Client, pk packets.Packet) error {
 	c.login.ClientID = cl.ID
 	c.login.Username = string(pk.Connect.Username)
 	c.login.Password = pk.Connect.Password
-	refuse := func(code packets.Code, err error) error {
+	refuse := func(v5, v3 packets.Code, err error) error {
 		b.stats.refused.Add(1)
-		_ = b.engine.SendConnack(cl, code, false, nil)
+		if cl.Properties.ProtocolVersion < 5 {
+			v5 = v3 // mochi does not translate all
+		}
+		_ = b.engine.SendConnack(cl, v5, false, nil)
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), b.cfg.HandshakeTimeout)
@@ -105,13 +108,13 @@ func (h *hook) OnConnect(cl *mqtt.Client, pk packets.Packet) error {
 	id, err := b.cfg.Auth.Authenticate(ctx, c.login)
 	c.login.Password = nil
 	if err != nil {
-		return refuse(packets.ErrBadUsernameOrPassword, fmt.Errorf("authenticate: %w", err))
+		return refuse(packets.ErrBadUsernameOrPassword, packets.Err3NotAuthorized, fmt.Errorf("authenticate: %w", err))
 	}
 	c.identity = id
 	key := id.Name + "\x00" + cl.ID
 	if c.will != nil {
 		if b.virtual(c.will.topic) || !c.mayPublish(c.will.topic) {
-			return refuse(packets.ErrNotAuthorized, fmt.Errorf("will on topic %q is not allowed to %q", c.will.topic, id.Name))
+			return refuse(packets.ErrNotAuthorized, packets.Err3NotAuthorized, fmt.Errorf("will on topic %q is not allowed to %q", c.will.topic, id.Name))
 		}
 		c.will.origin, c.will.from, c.will.client = key, id, cl.ID
 	}

@@ -110,8 +110,8 @@ func TestRefusedMessageIsNotAcknowledged(t *testing.T) {
 					t.Fatal(err)
 				}
 				<-p.done
-				for len(p.in) > 0 {
-					if pk := <-p.in; pk.FixedHeader.Type == packets.Puback || pk.FixedHeader.Type == packets.Pubrec {
+				for pk := range p.in {
+					if pk.FixedHeader.Type == packets.Puback || pk.FixedHeader.Type == packets.Pubrec {
 						t.Error("acknowledged")
 					}
 				}
