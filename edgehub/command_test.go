@@ -52,10 +52,11 @@ func edgehub(t *testing.T, args ...string) (out string, ok bool) {
 
 // testBox is a folder with a configuration of an edge whose hub is not there.
 type testBox struct {
-	t                   *testing.T
-	dir, config, token  string
-	state, broker, http string
-	cmd                 *exec.Cmd
+	t                  *testing.T
+	dir, config, token string
+	state              string
+	broker, http       string // addresses of the running agent
+	cmd                *exec.Cmd
 }
 
 func newTestBox(t *testing.T) *testBox {
@@ -64,26 +65,15 @@ func newTestBox(t *testing.T) *testBox {
 	b.state = filepath.Join(b.dir, "state")
 	var credential string
 	credential, b.token = testCredential(t, b.dir)
-	b.broker, b.http = freeAddress(t), freeAddress(t)
 	b.config = write(t, b.dir, "edgehub.yaml", fmt.Sprintf(`state: %s
 credential: %s
-hub: {url: "tcp://%s"}
-broker: {listen: "%s"}
-http: {listen: "%s"}
+hub: {url: "tcp://127.0.0.1:1"}
+broker: {listen: "127.0.0.1:0"}
+http: {listen: "127.0.0.1:0"}
 models: {worker: /bin/true}
 streams: [{name: vibration, topics: ["sensors/#"]}]
-`, b.state, credential, freeAddress(t), b.broker, b.http), 0o600)
+`, b.state, credential), 0o600)
 	return b
-}
-
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // start runs the agent and waits until it answers.
@@ -97,12 +87,14 @@ func (b *testBox) start() {
 	}
 	deadline := time.Now().Add(30 * time.Second)
 	for {
-		resp, err := http.Get("http://" + b.http + "/readyz")
+		raw, err := ask(b.t.Context(), stateDir(b.state), "/status")
+		var st Status
 		if err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return
-			}
+			err = json.Unmarshal(raw, &st)
+		}
+		if err == nil {
+			b.broker, b.http = st.Devices.Listen, st.HTTP
+			return
 		}
 		if time.Now().After(deadline) {
 			_ = b.cmd.Process.Kill()
@@ -169,7 +161,7 @@ func TestAgentWorksWithNoHub(t *testing.T) {
 		t.Errorf("stream %+v", o)
 	}
 	for path, want := range map[string]string{
-		"/healthz": "ok", "/status": `"edge": "edge-1"`, "/v2/health/live": "", "/metrics": `longshore_edge_outbox_held_records{stream="vibration"} 3`,
+		"/healthz": "ok", "/readyz": "ok", "/status": `"edge": "edge-1"`, "/v2/health/live": "", "/metrics": `longshore_edge_outbox_held_records{stream="vibration"} 3`,
 	} {
 		resp, err := http.Get("http://" + b.http + path)
 		if err != nil {

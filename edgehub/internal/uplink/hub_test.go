@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -36,8 +35,9 @@ type hub struct {
 	key    ed25519.PrivateKey
 	token  string
 	digest [32]byte // of the token
-	addr   string
-	stop   func() // ends the broker and all connections
+	door   *link    // stays over restarts
+	addr   string   // of the door
+	stop   func()   // ends the broker and all connections
 
 	mu      sync.Mutex
 	list    *desired.List
@@ -80,27 +80,26 @@ func newHub(t *testing.T) *hub {
 		objects: map[desired.Digest]desired.Object{}, records: map[string][]string{}, have: map[string]*seqset.Set{},
 		clocks: map[string]*longshorepb.Clock{}, list: desired.NewList(nil),
 	}
-	h.start("127.0.0.1:0")
+	h.door = newLink(t, "", 0)
+	h.addr = h.door.Addr().String()
+	h.start()
 	t.Cleanup(func() { h.stop() })
 	return h
 }
 
-// start serves; a later start on h.addr is the same hub after a restart.
-func (h *hub) start(addr string) {
+// start serves; a later start is the same hub after a restart.
+func (h *hub) start() {
 	h.t.Helper()
-	l, err := net.Listen("tcp", addr)
+	b, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "hub", Address: "127.0.0.1:0"}}, Auth: h, Virtual: h})
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	b, err := broker.New(broker.Config{Listeners: []broker.Listener{{Name: "hub", Net: l}}, Auth: h, Virtual: h})
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	h.addr = l.Addr().String()
+	h.door.aim(b.Addr("hub").String())
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- b.Run(ctx) }()
 	h.stop = sync.OnceFunc(func() {
+		h.door.aim("")
 		cancel()
 		if err := <-done; err != nil {
 			h.t.Error("broker:", err)

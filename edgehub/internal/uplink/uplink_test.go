@@ -51,7 +51,7 @@ func TestCutLinkAndRestartsConverge(t *testing.T) {
 	h.stop()
 	eventually(t, "the edge sees the cut", func() bool { s := e.Status(); return !s.Link.Connected && s.Link.Err != nil })
 	h.hold("2")
-	h.start(h.addr)
+	h.start()
 	eventually(t, "the list that changed meanwhile is applied", h.inSync)
 
 	e.stop()
@@ -87,7 +87,7 @@ func TestTelemetryOfAnOfflineTimeArrivesOnce(t *testing.T) {
 	}
 	e.stop() // the agent restarts while it is offline: a new epoch
 	e = newEdge(t, h, dir)
-	h.start(h.addr)
+	h.start()
 	eventually(t, "the link is up", func() bool { return e.Status().Link.Connected })
 	for i := range 50 {
 		want = append(want, fmt.Sprintf("online %d", i))
@@ -287,7 +287,7 @@ func TestHelloAndReportPrecedeTelemetry(t *testing.T) {
 	for range 20 {
 		e.append("s", randomText(t, 100<<10)) // more than a message or the window holds: sent in fragments
 	}
-	h.start(h.addr)
+	h.start()
 	eventually(t, "telemetry arrives", func() bool { return look(h, func() int { return len(h.records["s"]) }) == 20 })
 	order := look(h, func() []topic.Kind { return h.order })
 	if order[0] != topic.Hello || slices.Index(order, topic.Reported) > slices.Index(order, topic.Telemetry) {
@@ -299,7 +299,7 @@ func TestHelloAndReportPrecedeTelemetry(t *testing.T) {
 func TestSpecsAndLiveReadingsPassTheBacklogOnASlowLink(t *testing.T) {
 	checkLeaks(t)
 	h := newHub(t)
-	link := newSlowLink(t, h.addr, 24<<10)
+	slow := newLink(t, h.addr, 24<<10)
 	e := newEdge(t, h, t.TempDir(), func(c *Config) { c.URL = "tcp://127.0.0.1:1" }) // no link yet
 	const backlog = 150
 	for range backlog {
@@ -307,7 +307,7 @@ func TestSpecsAndLiveReadingsPassTheBacklogOnASlowLink(t *testing.T) {
 	}
 	dir := e.dir
 	e.stop()
-	e = newEdge(t, h, dir, func(c *Config) { c.URL = "tcp://" + link.Addr().String() })
+	e = newEdge(t, h, dir, func(c *Config) { c.URL = "tcp://" + slow.Addr().String() })
 	arrived := func(stream string) int { return look(h, func() int { return len(h.records[stream]) }) }
 	eventually(t, "the replay has begun", func() bool { return arrived("backlog") > 2 })
 	h.hold("1", strings.Repeat("v", 20_000))
