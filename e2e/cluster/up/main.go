@@ -15,16 +15,21 @@ import (
 
 func main() {
 	dir := flag.String("dir", "", "folder for the data, kept for the next start (default: a temporary one, removed at the end)")
+	build := flag.Bool("build", false, "only build the control plane into the cache")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *dir); err != nil {
+	if err := run(ctx, *dir, *build); err != nil {
 		fmt.Fprintln(os.Stderr, "up:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, dir string) error {
+func run(ctx context.Context, dir string, build bool) error {
+	if build {
+		_, err := cluster.Binary(ctx, os.Stderr)
+		return err
+	}
 	if dir == "" {
 		temporary, err := os.MkdirTemp("", "longshore-cluster-")
 		if err != nil {
