@@ -166,3 +166,37 @@ func TestSupersededIsSigned(t *testing.T) {
 		t.Errorf("the replica goes on: %+v", r.Status())
 	}
 }
+
+// TestBackAndForth: a change that is taken back while it is on its way would leave the edge on it for good, if the head that
+// takes it back got lost.
+func TestBackAndForth(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	x := must(FromPod(pod("a", 1)))
+	before, after := NewList(nil), NewList([]*longshorepb.Entry{x.Entry()})
+	s := testSession(t, objects{x.Digest: x}, func(h *longshorepb.Hello) { h.Held = before.Digest[:] })
+	poll := func() {
+		for acts := s.Poll(now); acts != nil; acts = s.Poll(now) {
+			if _, ok := acts[0].(Prove); ok {
+				s.Proved(now, s.newest)
+			}
+		}
+	}
+	s.SetList(now, before)
+	poll()
+	s.SetList(now, after)
+	poll()
+	now = now.Add(headPause)
+	s.SetList(now, before)
+	poll()
+	if s.sent.Digest != before.Digest || s.InSync() || s.Deadline().IsZero() {
+		t.Fatalf("the hub counts a list as applied that the edge reported before the other one: %v", s.InSync())
+	}
+	s.Reported(now, after.Digest[:])
+	if s.InSync() {
+		t.Error("in sync with the wrong list")
+	}
+	s.Reported(now, before.Digest[:])
+	if !s.InSync() {
+		t.Error("not in sync with the right list")
+	}
+}
