@@ -400,7 +400,7 @@ func TestAuthorisation(t *testing.T) {
 // If this fails, many edges that fetch while models change get an error or wrong bytes.
 func TestConcurrentReaders(t *testing.T) {
 	dir := t.TempDir()
-	b := bytes.Repeat([]byte("m"), 1<<20)
+	b := bytes.Repeat([]byte("m"), 128<<10)
 	write(t, filepath.Join(dir, "m"), b)
 	s, _ := open(t, dir, t.TempDir(), nil)
 	src := source(b, "file:m")

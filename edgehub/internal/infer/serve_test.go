@@ -1,6 +1,7 @@
 package infer
 
 import (
+	"bufio"
 	"net/http"
 	"os"
 	"os/exec"
@@ -11,8 +12,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-
-	"bufio"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -238,7 +238,7 @@ func TestWorkersDieWithTheAgent(t *testing.T) {
 func TestHungInferenceIsEnded(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.inferTimeout = 500 * 1e6 })
+	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.inferTimeout = 500 * time.Millisecond })
 	spec := h.model("stuck", "1", fault{Infer: "hang"})
 	spec.Bindings = []*longshorepb.ModelBinding{{Input: "in", Output: "out"}}
 	e.m.SetDesired(specs(spec))
@@ -253,7 +253,7 @@ func TestHungInferenceIsEnded(t *testing.T) {
 func TestNotReadyIsNotServed(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.loadTimeout = 2e9 })
+	e := startEdge(t, t.TempDir(), h, nil, func(m *Manager) { m.tune.loadTimeout = 2 * time.Second })
 	e.m.SetDesired(specs(h.model("liar", "1", fault{Load: "lie"}), h.model("sleeper", "1", fault{Load: "hang"}), h.model("dead", "1", fault{Load: "crash"})))
 	e.failed("liar", reasonLoadFailed, "")
 	e.failed("sleeper", reasonHung, "")
