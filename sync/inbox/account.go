@@ -170,9 +170,10 @@ func (a *Account) UnmarshalBinary(b []byte) (err error) {
 	}
 	n.held = n.delivered.Clone()
 	for _, r := range n.ledgered.Ranges() {
-		if len(n.held.Add(r.First, r.Last)) != 1 {
+		if n.held.Touches(r.First, r.Last) {
 			return errors.New("account has sequences both delivered and ledgered")
 		}
+		n.held.Add(r.First, r.Last)
 	}
 	*a = n
 	return nil

@@ -155,6 +155,7 @@ func FuzzAccount(f *testing.F) {
 	b, _ := a.MarshalBinary()
 	f.Add(b)
 	f.Add([]byte{1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0})
+	f.Add([]byte{1, 1, 1, 48, 1, 48, 48, 0, 0, 0, 0, 0}) // 48 is both delivered and ledgered
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var a Account
 		if a.UnmarshalBinary(b) != nil {

@@ -118,10 +118,11 @@ func Open(cfg Config) (*Intake, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open telemetry store: %w (choose a data folder that this user may write to)", err)
 	}
-	// Frames are compressed already, so Badger does not; then it needs no block cache.
+	// Frames are compressed already, so Badger does not; then it needs no block cache. All values stand in the tables, none in
+	// the value log: what retention deletes there would come back to the disk only after the tables have been compacted too.
 	o := badger.DefaultOptions(cfg.Dir).WithLogger(badgerLog{cfg.Logger}).WithSyncWrites(true).WithDetectConflicts(false).
 		WithMemTableSize(16 << 20).WithNumMemtables(2).WithNumLevelZeroTables(2).WithNumLevelZeroTablesStall(6).WithNumCompactors(2).
-		WithValueThreshold(1 << 10).WithValueLogFileSize(64 << 20).WithCompression(options.None).WithBlockCacheSize(0).
+		WithValueThreshold(1 << 20).WithValueLogFileSize(1 << 20).WithCompression(options.None).WithBlockCacheSize(0).
 		WithIndexCacheSize(16 << 20).WithMetricsEnabled(false)
 	if i.db, err = badger.Open(o); err != nil {
 		return nil, openError(cfg.Dir, err)

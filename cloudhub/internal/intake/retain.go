@@ -2,13 +2,15 @@ package intake
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
 )
+
+// minCompact is how many bytes have to be deleted at least before the store is compacted.
+const minCompact = 16 << 20
 
 // measure sums up what the store holds.
 func (i *Intake) measure() error {
@@ -46,21 +48,12 @@ func (i *Intake) retain(ctx context.Context) error {
 		i.stored -= size
 		i.freed += size
 	}
-	if i.freed < max(i.cfg.MaxBytes/16, 1<<20) {
+	if i.freed < max(i.cfg.MaxBytes/4, minCompact) {
 		return nil
 	}
 	i.freed = 0
 	if err := i.db.Flatten(1); err != nil {
 		return fmt.Errorf("compact: %w", err)
-	}
-	for ctx.Err() == nil {
-		err := i.db.RunValueLogGC(0.5)
-		if errors.Is(err, badger.ErrNoRewrite) || errors.Is(err, badger.ErrRejected) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("collect value log: %w", err)
-		}
 	}
 	return nil
 }

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -322,6 +325,41 @@ func TestG4RetentionKeepsTheBooks(t *testing.T) {
 	eventually(t, "old records are deleted", func() bool { return len(s.records(t, Query{})) == 0 })
 	if got := s.sum(t, Query{}); got != (Sum{Accepted: 40, Delivered: 40, Resent: 1}) {
 		t.Errorf("sum %+v", got)
+	}
+}
+
+// G4: deleted records must leave the disk, not only the listing: otherwise the hub's disk fills up however small the
+// retention.
+func TestG4RetentionGivesDiskBack(t *testing.T) {
+	dir := t.TempDir()
+	s := openStore(t, Config{Dir: dir, MaxBytes: 8 << 20})
+	c := s.hello("e")
+	noise := make([]byte, 15_000)
+	const messages = 7000
+	for n := range uint64(messages) {
+		_, _ = rand.Read(noise)
+		b := message(t, makeFrame(t, "s", 1+n, string(noise)))
+		for err := c.Receive(b); err != nil; err = c.Receive(b) {
+			s.idle(t)
+		}
+	}
+	c.Close()
+	s.idle(t)
+	s.stop()
+	var used int64
+	err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
+		var st syscall.Stat_t
+		if err == nil {
+			err = syscall.Stat(path, &st)
+		}
+		used += st.Blocks * 512
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if used > 64<<20 {
+		t.Errorf("%d MiB on disk of %d MiB received, with a retention of 8 MiB", used>>20, messages*len(noise)>>20)
 	}
 }
 
