@@ -404,8 +404,12 @@ func TestEndsWithParent(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = parent.Wait() // it was killed
-		for deadline := time.Now().Add(20 * time.Second); alive(pid); time.Sleep(10 * time.Millisecond) {
-			if time.Now().After(deadline) {
+		poll, deadline := time.NewTicker(10*time.Millisecond), time.After(20*time.Second)
+		defer poll.Stop()
+		for alive(pid) {
+			select {
+			case <-poll.C:
+			case <-deadline:
 				_ = syscall.Kill(pid, syscall.SIGKILL)
 				t.Fatal("the worker outlived its parent")
 			}

@@ -109,6 +109,15 @@ func open(path string) (*Runtime, error) {
 	return r, nil
 }
 
+// notFound explains what to do where no library was found.
+func notFound(path string, err error) error {
+	if path == LibraryName && strings.Contains(err.Error(), "No such file") {
+		return fmt.Errorf("%s is nowhere on this machine: run \"make onnxruntime\", or name it with --ort-library or $%s",
+			LibraryName, LibraryVariable)
+	}
+	return err
+}
+
 // Name implements engine.Engine.
 func (r *Runtime) Name() string { return "onnxruntime" }
 

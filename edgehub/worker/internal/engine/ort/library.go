@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 )
 
 // LibraryName is the file name of ONNX Runtime's library.
@@ -41,13 +40,4 @@ func FindLibrary(explicit string) (string, error) {
 		}
 	}
 	return LibraryName, nil
-}
-
-// notFound explains what to do where no library was found.
-func notFound(path string, err error) error {
-	if path == LibraryName && strings.Contains(err.Error(), "No such file") {
-		return fmt.Errorf("%s is nowhere on this machine: run \"make onnxruntime\", or name it with --ort-library or $%s",
-			LibraryName, LibraryVariable)
-	}
-	return err
 }
