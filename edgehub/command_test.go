@@ -85,7 +85,9 @@ func (b *testBox) start() {
 	if err := b.cmd.Start(); err != nil {
 		b.t.Fatal(err)
 	}
-	deadline := time.Now().Add(30 * time.Second)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(30 * time.Second)
 	for {
 		raw, err := ask(b.t.Context(), stateDir(b.state), "/status")
 		var st Status
@@ -96,12 +98,13 @@ func (b *testBox) start() {
 			b.broker, b.http = st.Devices.Listen, st.HTTP
 			return
 		}
-		if time.Now().After(deadline) {
+		select {
+		case <-tick.C:
+		case <-deadline:
 			_ = b.cmd.Process.Kill()
 			_ = b.cmd.Wait()
 			b.t.Fatalf("the agent does not answer: %v\n%s", err, out.String())
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 }
 

@@ -27,14 +27,17 @@ func versionString() string {
 	return "(devel)"
 }
 
-func main() {
+func main() { os.Exit(execute()) }
+
+// execute runs the command and returns the exit code.
+func execute() int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := newCommand().ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "edgehub:", err)
-		stop()
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 // newCommand makes the command with all its subcommands.
@@ -62,7 +65,7 @@ over the file. The file is ` + defaultConfig + ` or what --config says:
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.PersistentFlags().String("config", "", "configuration file (default "+defaultConfig+" if it is there)")
+	root.PersistentFlags().String("config", "", "configuration file [$LONGSHORE_CONFIG] (default "+defaultConfig+" if it is there)")
 	root.PersistentFlags().String("state", "", "folder for everything the agent keeps [$LONGSHORE_STATE] (default "+defaultState+")")
 	root.AddCommand(runCommand(), statusCommand(), modelsCommand(), leaveCommand(), bundleCommand(), versionCommand())
 	return root

@@ -22,7 +22,7 @@ func randomize(s string, seed int) string {
 
 // publishOnce connects, publishes at QoS 1 and reports whether a PUBACK came before the connection was closed. It never
 // sends again, unlike a real device, so that a withheld acknowledgement shows.
-func publishOnce(t *testing.T, ctx context.Context, c net.Conn, topic, payload string) bool {
+func publishOnce(ctx context.Context, t *testing.T, c net.Conn, topic, payload string) bool {
 	t.Helper()
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.Close() })

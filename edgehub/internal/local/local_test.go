@@ -122,17 +122,6 @@ func stored(t *testing.T, log *outbox.Log) []string {
 	}
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for !ok() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 20 s: %s", what)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-}
-
 // G3: without this, a reading that its sensor believes delivered would be gone after a power cut.
 func TestPubackMeansStored(t *testing.T) {
 	dir := t.TempDir()
@@ -189,7 +178,7 @@ func TestFullStreamRefusesWithoutPuback(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ok := publishOnce(t, ctx, c, "small", randomize(payload, acked))
+		ok := publishOnce(ctx, t, c, "small", randomize(payload, acked))
 		cancel()
 		if !ok {
 			break
@@ -242,7 +231,7 @@ func TestFullDiskWithholdsPuback(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if publishOnce(t, t.Context(), c, "s", "lost") {
+		if publishOnce(t.Context(), t, c, "s", "lost") {
 			t.Error("acknowledged although not stored")
 		}
 	}
@@ -259,7 +248,7 @@ func TestReservedTopicsAreRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	publishOnce(t, t.Context(), c, "longshore/v1/nodes/edge-1/reported", "forged")
+	publishOnce(t.Context(), t, c, "longshore/v1/nodes/edge-1/reported", "forged")
 	out, err := b.mosquitto("mosquitto_sub", "-t", "longshore/v1/nodes/edge-1/index", "-C", "1", "-W", "20").CombinedOutput()
 	if !strings.Contains(string(out), "denied") { // the exit code says nothing
 		t.Errorf("subscribing was not refused: %v %s", err, out)

@@ -97,6 +97,10 @@ const (
 	storePauseMax = time.Minute
 )
 
+// complainPause is the least time between two log lines about rejected messages: whoever sits on the link must not be able
+// to fill the box's disk with them.
+const complainPause = 10 * time.Second
+
 // Uplink is the edge's side of the link. Create it with New, then call Run once. Safe for concurrent use.
 type Uplink struct {
 	cfg      Config
@@ -109,6 +113,8 @@ type Uplink struct {
 	conn    *mqttconn.Session // guarded by mu; nil without a session
 	status  Status            // guarded by mu; bytes of ended connections only
 	flow    *flow             // guarded by mu; of the newest session
+	// complained is when a rejected message was last logged; guarded by mu.
+	complained time.Time
 }
 
 // New reads what the store holds. It starts nothing.
@@ -273,5 +279,8 @@ func (u *Uplink) reject(topic string, err error) {
 	defer u.mu.Unlock()
 	u.status.Rejected++
 	u.status.RejectedErr = err
-	u.cfg.Logger.Warn("message of the hub rejected", "topic", topic, "error", err)
+	if now := time.Now(); now.Sub(u.complained) > complainPause {
+		u.complained = now
+		u.cfg.Logger.Warn("message of the hub rejected", "topic", topic, "error", err, "rejected", u.status.Rejected)
+	}
 }

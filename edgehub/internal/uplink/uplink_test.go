@@ -1,6 +1,8 @@
 package uplink
 
 import (
+	"crypto/ed25519"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -376,4 +378,51 @@ func TestFetchResumesAndExplains(t *testing.T) {
 		_, err := e.Fetch(t.Context(), "sha256:abc", 0)
 		return errors.Is(err, ErrNoLink)
 	})
+}
+
+// G5: without this, somebody on the link could make an edge hold what he likes, or stop it with garbage.
+func TestForgedMessagesAreRejected(t *testing.T) {
+	checkLeaks(t)
+	h := newHub(t)
+	want := h.hold("1")
+	e := newEdge(t, h, t.TempDir())
+	eventually(t, "the list is applied", h.inSync)
+	conn := look(h, func() *hubConn { return h.conn })
+	forged := look(h, func() []byte {
+		_, key, err := ed25519.GenerateKey(rand.Reader)
+		if err != nil {
+			t.Error(err)
+		}
+		hello := h.hellos[len(h.hellos)-1]
+		s, err := desired.NewSession(desired.SessionConfig{Cluster: "test", Edge: edgeName, EdgeKey: h.digest[:], Key: key, Objects: hubObjects{h}}, hello, time.Now())
+		if err != nil {
+			t.Error(err)
+			return nil
+		}
+		s.SetList(time.Now(), want)
+		for _, a := range s.Poll(time.Now()) {
+			if m, ok := a.(desired.Send); ok {
+				return m.Payload
+			}
+		}
+		return nil
+	})
+	index := topic.Topic{Kind: topic.Index, Edge: edgeName}.String()
+	sent := 0
+	for _, m := range []desired.Send{
+		{Topic: index, Payload: forged},
+		{Topic: index, Payload: []byte("garbage")},
+		{Topic: "longshore/v1/nodes/edge-2/index", Payload: forged},
+		{Topic: "longshore/v1/nonsense", Payload: forged},
+		{Topic: topic.Topic{Kind: topic.Ack, Edge: edgeName}.String(), Payload: []byte("\xff\xff\xff")},
+		{Topic: topic.Topic{Kind: topic.Push, Edge: edgeName}.String(), Payload: []byte("\xff\xff\xff")},
+	} {
+		sent++
+		if err := conn.Send(m.Topic, m.Payload, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "all are rejected", func() bool { return e.Status().Rejected == uint64(sent) })
+	next := h.hold("2")
+	eventually(t, "the session goes on", func() bool { return h.inSync() && e.Status().Replica.Committed == next.Digest })
 }
