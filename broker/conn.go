@@ -26,6 +26,7 @@ type Conn struct {
 	present     bool   // the session existed
 	known       bool   // the packet just read acknowledges something in flight
 	established bool
+	handling    bool           // a packet was decoded and is being processed
 	complained  bool           // a refused topic was logged
 	asked       []subscription // of the SUBSCRIBE being processed
 	granted     []string       // virtual filters of it

@@ -306,12 +306,16 @@ func TestOversizePacketsCostNoMemory(t *testing.T) {
 	_, addr := serve(t, broker.Config{})
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	for range 500 {
+	for n := range 500 {
 		conn, err := net.Dial("tcp", addr.String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := conn.Write([]byte{0x10, 0xff, 0xff, 0xff, 0x7f}); err != nil {
+		header := []byte{0x10, 0xff, 0xff, 0xff, 0x7f}
+		if n%2 == 0 {
+			header = []byte{0x10, 0xa0, 0x9c, 0x01} // 20,000 bytes: fine for a message, not for who is not known yet
+		}
+		if _, err := conn.Write(header); err != nil {
 			t.Fatal(err)
 		}
 		_ = conn.SetReadDeadline(time.Now().Add(patience))
@@ -344,6 +348,7 @@ func TestGarbageIsRefused(t *testing.T) {
 		connect + "\x00\x00",                  // reserved packet type
 		connect + connect,                     // second CONNECT
 		connect + "\x82\x02\x00\x01",          // SUBSCRIBE without filter
+		connect + "\x82\x05\x00\x01\x00\x01a", // SUBSCRIBE without options: mochi's decoder panics
 		connect + "\x36\x05\x00\x01a\x00\x01", // QoS 3
 		connect + "\x32\x03\x00\x01a",         // no packet id
 		connect + "\x30\x05\x00\x03a/+",       // wildcard in a name
@@ -367,6 +372,7 @@ func TestGarbageIsRefused(t *testing.T) {
 		conn.Close()
 	}
 	eventually(t, "no connection left", func() bool { return b.Stats().Connections == 0 })
+	dial(t, addr, options{id: "still serving"})
 }
 
 // A client that subscribes late must get every retained message, however many; `m/#` includes `m` itself.

@@ -44,6 +44,7 @@ func connOf(cl *mqtt.Client) *Conn { return cl.Net.Conn.(*link).conn }
 // the connection.
 func (h *hook) OnPacketRead(cl *mqtt.Client, pk packets.Packet) (packets.Packet, error) {
 	c := connOf(cl)
+	c.handling = true
 	if pk.FixedHeader.Type == packets.Connect {
 		if c.established {
 			return pk, nil // mochi refuses the second CONNECT
@@ -162,6 +163,7 @@ func (h *hook) OnSessionEstablished(cl *mqtt.Client, _ packets.Packet) {
 	if h.b.cfg.Virtual != nil {
 		h.b.cfg.Virtual.Connected(c)
 	}
+	c.handling = false
 }
 
 // OnACLCheck judges topics of PUBLISH (write) and filters of SUBSCRIBE.
@@ -310,10 +312,11 @@ func (h *hook) OnSubscribed(cl *mqtt.Client, _ packets.Packet, codes []byte) {
 
 // OnPacketProcessed runs after a packet was answered.
 func (h *hook) OnPacketProcessed(cl *mqtt.Client, pk packets.Packet, err error) {
+	c := connOf(cl)
+	defer func() { c.handling = false }()
 	if err != nil {
 		return
 	}
-	c := connOf(cl)
 	switch pk.FixedHeader.Type {
 	case packets.Subscribe:
 		if len(c.granted) > 0 {

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"net"
@@ -45,7 +46,7 @@ func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login)
 		return
 	}
 	l.head = head
-	err = b.engine.EstablishConnection(listener, l)
+	err = b.establish(listener, l)
 	_ = l.Close()
 	if c.session != nil {
 		b.finish(c)
@@ -58,6 +59,21 @@ func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login)
 		return
 	}
 	b.log.Info("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote, "error", err)
+}
+
+// establish lets mochi serve the connection. Its decoders panic on some truncated packets (a SUBSCRIBE without options
+// is enough): that ends the connection, not the program. Any other panic goes on.
+func (b *Broker) establish(listener string, l *link) (err error) {
+	defer func() {
+		if l.conn.handling {
+			return
+		}
+		if r := recover(); r != nil {
+			b.stats.refused.Add(1)
+			err = fmt.Errorf("malformed packet: %v", r)
+		}
+	}()
+	return b.engine.EstablishConnection(listener, l)
 }
 
 // claim makes c the owner of the client's session. An owner before it is closed and has left no goroutine when claim
