@@ -4,12 +4,10 @@ import (
 	"cmp"
 	"context"
 	"crypto/subtle"
-	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -28,8 +26,6 @@ import (
 
 // maxRecords bounds the records of one answer; ask again with from for more.
 const maxRecords = 1_000_000
-
-func tlsListener(l net.Listener, c *tls.Config) net.Listener { return tls.NewListener(l, c) }
 
 // handler is everything behind the HTTP door.
 func (h *hub) handler() http.Handler {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -80,69 +81,72 @@ type hub struct {
 	door   net.Listener
 }
 
-// newHub opens everything that can fail for reasons a user can mend. It starts nothing; close gives back what was opened
-// if run is not called.
-func newHub(cfg config, log *slog.Logger) (h *hub, err error) {
-	h = &hub{cfg: cfg, log: log, cache: mirror.NewCache()}
-	defer func() {
-		if err != nil {
-			h.close()
-		}
-	}()
+// newHub opens everything that can fail for reasons a user can mend. It starts nothing; the caller calls close in the end.
+func newHub(cfg config, log *slog.Logger) (*hub, error) {
+	h := &hub{cfg: cfg, log: log, cache: mirror.NewCache()}
+	if err := h.open(); err != nil {
+		h.close()
+		return nil, err
+	}
+	return h, nil
+}
+
+func (h *hub) open() error {
+	cfg, log := h.cfg, h.log
 	serverTLS, err := cfg.tls()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if h.token, err = cfg.apiToken(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
-		return nil, usagef("make the data folder: %w (choose another with --data, or run as a user that may write there)", err)
+		return usagef("make the data folder: %w (choose another with --data, or run as a user that may write there)", err)
 	}
 	if h.unlock, err = lockData(cfg.Data); err != nil {
-		return nil, err
+		return err
 	}
 	key, err := enrol.SigningKey(cfg.SigningKey)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if h.tokens, err = enrol.OpenTokens(cfg.TokenFile, mirror.Access); err != nil {
-		return nil, err
+		return err
 	}
 	if h.source, err = h.newSource(); err != nil {
-		return nil, err
+		return err
 	}
 	if h.files, err = modelfile.New(modelfile.Config{
 		Logger: log.With("part", "models"), Dir: cfg.Models, CacheDir: filepath.Join(cfg.Data, "models"), MaxBytes: int64(cfg.ModelCacheBytes),
 	}); err != nil {
-		return nil, err
+		return err
 	}
 	if h.intake, err = intake.Open(intake.Config{
 		Logger: log.With("part", "telemetry"), Dir: filepath.Join(cfg.Data, "telemetry"), MaxAge: cfg.RetentionAge, MaxBytes: int64(cfg.RetentionBytes),
 	}); err != nil {
-		return nil, err
+		return err
 	}
 	if h.mirror, err = mirror.New(mirror.Config{
 		Logger: log.With("part", "mirror"), HubName: cfg.HubName, Cluster: h.source.ClusterUID, Key: key,
 		Cache: h.cache, Upstream: h.source, Intake: h.intake,
 	}); err != nil {
-		return nil, err
+		return err
 	}
 	if h.broker, err = broker.New(broker.Config{
 		Logger: log.With("part", "broker"), Auth: h.tokens, Virtual: h.mirror,
 		Listeners: []broker.Listener{{Name: "mqtt", Address: cfg.MQTT, TLS: serverTLS}},
 	}); err != nil {
-		return nil, fmt.Errorf("--mqtt: %w", err)
+		return fmt.Errorf("--mqtt: %w", err)
 	}
 	if h.door, err = net.Listen("tcp", cfg.HTTP); err != nil {
-		return nil, fmt.Errorf("--http: %w (is another hub running? choose a free port)", err)
+		return fmt.Errorf("--http: %w (is another hub running? choose a free port)", err)
 	}
 	if serverTLS != nil {
-		h.door = tlsListener(h.door, serverTLS)
+		h.door = tls.NewListener(h.door, serverTLS)
 	} else if !loopback(cfg.MQTT) {
 		log.Warn("edges send their tokens unencrypted to an address that other machines reach: set --tls-cert and --tls-key", "mqtt", cfg.MQTT)
 	}
-	return h, nil
+	return nil
 }
 
 // lockData makes sure that one process uses a data folder.
@@ -164,8 +168,13 @@ func lockData(dir string) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// close gives back what newHub opened and run does not.
+// close gives back what open opened, as far as run has not done so.
 func (h *hub) close() {
+	if h.intake != nil {
+		if err := h.intake.Close(); err != nil {
+			h.log.Error("close the telemetry store", "err", err)
+		}
+	}
 	if h.door != nil {
 		h.door.Close()
 	}

@@ -67,6 +67,10 @@ func (t *Tokens) Bearer(r *http.Request) (broker.Identity, error) {
 }
 
 func (t *Tokens) identify(edge, token string) (broker.Identity, error) {
+	if topic.ValidEdge(edge) != nil {
+		// What was presented may be a token in the wrong place, so it is not repeated.
+		return broker.Identity{}, errors.New("the name presented is not one of an edge")
+	}
 	raw, err := base64.RawURLEncoding.DecodeString(token)
 	if err != nil || len(raw) != tokenBytes {
 		return broker.Identity{}, fmt.Errorf("edge %q presented no token of 256 bits", edge)
