@@ -29,9 +29,9 @@ var models = []struct {
 const (
 	// A seed of its own: neither training nor the trainer's measurement has seen these machines.
 	freshSeed = 3
-	freshSize = 1200
+	freshSize = 800
 	// margin is three standard deviations of a measurement this small.
-	margin = 0.03
+	margin = 0.035
 	batch  = 100
 )
 

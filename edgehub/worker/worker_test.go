@@ -184,7 +184,7 @@ func (p *process) send(t testing.TB, r *oip.InferRequest) (int, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	req, err := http.NewRequest("POST", "http://worker/v2/models/m/infer", bytes.NewReader(body))
+	req, err := http.NewRequest(http.MethodPost, "http://worker/v2/models/m/infer", bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -345,7 +345,7 @@ func TestGrowingWorkerEnds(t *testing.T) {
 				return
 			default:
 			}
-			req, err := http.NewRequest("POST", "http://worker/v2/models/m/infer", bytes.NewReader(body))
+			req, err := http.NewRequest(http.MethodPost, "http://worker/v2/models/m/infer", bytes.NewReader(body))
 			if err != nil {
 				t.Error(err)
 				return

@@ -37,8 +37,8 @@ func (g *graph) scalar(name string, v float32) []string {
 	return g.weight(onnxfile.Floats(name, []int64{1}, []float32{v}))
 }
 
-func (g *graph) reshape(name string, shape ...int64) string {
-	return g.then("Reshape", g.weight(onnxfile.Int64s(name, shape...)))
+func (g *graph) reshape(name string, shape ...int64) {
+	g.then("Reshape", g.weight(onnxfile.Int64s(name, shape...)))
 }
 
 func (g *graph) mean(axis, keep int64) string {
@@ -46,7 +46,7 @@ func (g *graph) mean(axis, keep int64) string {
 }
 
 // square multiplies the last result with itself.
-func (g *graph) square() string { return g.then("Mul", []string{g.last}) }
+func (g *graph) square() { g.then("Mul", []string{g.last}) }
 
 // export writes front and network as one ONNX model: samples in, probabilities out. It follows features.go step by step,
 // with operators that both ONNX Runtime and GoMLX have.

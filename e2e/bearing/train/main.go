@@ -45,7 +45,7 @@ func main() {
 
 func run(folder string) error {
 	for _, r := range recipes {
-		model, result := train(r)
+		model, result := train(r, heldOutSize)
 		name := filepath.Join(folder, "bearing-"+r.version+".onnx")
 		if err := os.WriteFile(name, model, 0o644); err != nil {
 			return err
@@ -56,8 +56,8 @@ func run(folder string) error {
 	return nil
 }
 
-// train makes one version and measures it.
-func train(r recipe) ([]byte, confusion) {
+// train makes one version and measures it on heldOut windows.
+func train(r recipe, heldOut int) ([]byte, confusion) {
 	f := newFront(r.bands)
 	windows, labels := bearing.Dataset(trainSeed, r.windows)
 	features := make([][]float64, len(windows))
@@ -67,7 +67,7 @@ func train(r recipe) ([]byte, confusion) {
 	n := fit(trainSeed, features, labels, r.hidden, r.epochs)
 
 	var c confusion
-	windows, labels = bearing.Dataset(heldOutSeed, heldOutSize)
+	windows, labels = bearing.Dataset(heldOutSeed, heldOut)
 	for i, w := range windows {
 		_, p := n.forward(n.standardize(f.features(w)))
 		c[labels[i]][slices.Index(p, slices.Max(p))]++

@@ -182,7 +182,7 @@ func TestErrors(t *testing.T) {
 		}
 	}
 	// A client that tells no length is bounded too.
-	r, err := http.NewRequestWithContext(t.Context(), "POST", front.URL+"/v2/models/two/infer", io.MultiReader(bytes.NewReader(make([]byte, 5000))))
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, front.URL+"/v2/models/two/infer", io.MultiReader(bytes.NewReader(make([]byte, 5000))))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +191,7 @@ func TestErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
-	if resp.StatusCode != 413 {
+	if resp.StatusCode != http.StatusRequestEntityTooLarge {
 		t.Error(resp.Status)
 	}
 }
@@ -201,7 +201,7 @@ func TestOverload(t *testing.T) {
 	s, front := start(t, Config{MaxRequest: 1 << 20, MaxConcurrent: 1})
 	s.SetSession(sumAndProduct(t))
 	body, finish := io.Pipe()
-	r, err := http.NewRequestWithContext(t.Context(), "POST", front.URL+"/v2/models/two/infer", body)
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, front.URL+"/v2/models/two/infer", body)
 	if err != nil {
 		t.Fatal(err)
 	}
