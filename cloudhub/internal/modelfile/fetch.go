@@ -68,7 +68,7 @@ func (s *Store) fromDir(ctx context.Context, src Source, u *url.URL) (*verified,
 		return nil, fail(ReasonSizeMismatch, "file %q has %d bytes, the model says %d", name, st.Size(), src.Size)
 	}
 	h := sha256.New()
-	if _, err := io.Copy(h, &contextReader{ctx, f}); err != nil {
+	if _, err := io.Copy(h, contextReader(ctx, f)); err != nil {
 		return nil, fmt.Errorf("read model file: %w", err)
 	}
 	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != src.Digest {
@@ -123,15 +123,16 @@ func (s *Store) fromHTTP(ctx context.Context, src Source, hexa string, progress 
 	}
 	defer f.Close()
 	h := sha256.New()
-	have, err := io.Copy(h, &contextReader{ctx, f})
+	have, err := io.Copy(h, contextReader(ctx, f))
 	if err != nil {
 		return nil, fmt.Errorf("read partial file: %w", err)
 	}
 	resumed := have > 0
 	if have > src.Size {
-		if have, err = restart(f, h); err != nil {
+		if err := restart(f, h); err != nil {
 			return nil, err
 		}
+		have = 0
 	}
 	if have < src.Size {
 		if err := s.get(ctx, src, f, h, have, progress); err != nil {
@@ -178,7 +179,7 @@ func cached(ctx context.Context, final string, src Source) (*verified, error) {
 		return nil, fmt.Errorf("look at cached file: %w", err)
 	}
 	h := sha256.New()
-	if _, err := io.Copy(h, &contextReader{ctx, f}); err != nil {
+	if _, err := io.Copy(h, contextReader(ctx, f)); err != nil {
 		return nil, fmt.Errorf("read cached file: %w", err)
 	}
 	if "sha256:"+hex.EncodeToString(h.Sum(nil)) == src.Digest {
@@ -193,15 +194,16 @@ func cached(ctx context.Context, final string, src Source) (*verified, error) {
 	return nil, nil
 }
 
-func restart(f *os.File, h hash.Hash) (int64, error) {
+// restart empties a partial file.
+func restart(f *os.File, h hash.Hash) error {
 	h.Reset()
 	if err := f.Truncate(0); err != nil {
-		return 0, fmt.Errorf("truncate partial file: %w", err)
+		return fmt.Errorf("truncate partial file: %w", err)
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return 0, fmt.Errorf("truncate partial file: %w", err)
+		return fmt.Errorf("truncate partial file: %w", err)
 	}
-	return 0, nil
+	return nil
 }
 
 // get appends the bytes from offset have to f and h.
@@ -224,15 +226,16 @@ func (s *Store) get(ctx context.Context, src Source, f *os.File, h hash.Hash, ha
 	case resp.StatusCode == http.StatusNotFound || resp.StatusCode == http.StatusGone:
 		return fail(ReasonNotFound, "%s answered %s", src.URI, resp.Status)
 	case resp.StatusCode == http.StatusOK && have > 0: // the server has no ranges
-		if have, err = restart(f, h); err != nil {
+		if err := restart(f, h); err != nil {
 			return err
 		}
+		have = 0
 	case resp.StatusCode == http.StatusPartialContent && have > 0:
 		if !strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", have)) {
 			return fail(ReasonFetchFailed, "%s answered with the range %q, asked for was the one from byte %d", src.URI, resp.Header.Get("Content-Range"), have)
 		}
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
-		if _, err := restart(f, h); err != nil {
+		if err := restart(f, h); err != nil {
 			return err
 		}
 		return fail(ReasonSizeMismatch, "%s ends before byte %d, the model says %d bytes", src.URI, have, src.Size)
@@ -324,15 +327,17 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// contextReader ends a long read when its context ends.
-type contextReader struct {
-	ctx context.Context
-	r   io.Reader
-}
+// readerFunc is a reader made of its one method.
+type readerFunc func([]byte) (int, error)
 
-func (c *contextReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// contextReader ends a long read when ctx ends.
+func contextReader(ctx context.Context, r io.Reader) io.Reader {
+	return readerFunc(func(p []byte) (int, error) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		return r.Read(p)
+	})
 }

@@ -75,7 +75,7 @@ func until(t *testing.T, s *Store, digest string, f func(Status) bool) Status {
 		if time.Now().After(end) {
 			t.Fatalf("waited in vain for %s: %+v", digest, s.Status())
 		}
-		time.Sleep(2 * time.Millisecond)
+		<-time.After(2 * time.Millisecond)
 	}
 }
 

@@ -132,7 +132,7 @@ func BenchmarkInference(b *testing.B) {
 	defer closeStore()
 	defer func() { cancel(); <-done }()
 	m.SetDesired(specs(bearing(b, h, "1")))
-	for end := time.Now().Add(deadline); workerPid(m, "default/bearing") == 0; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(deadline); workerPid(m, "default/bearing") == 0; <-time.After(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			b.Fatal(m.Reports())
 		}
@@ -158,7 +158,7 @@ func BenchmarkInference(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != 200 {
+				if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK {
 					b.Fatal(resp.Status, err)
 				}
 				if err := resp.Body.Close(); err != nil {

@@ -331,7 +331,7 @@ func (d *download) run(ctx context.Context, from Fetcher) error {
 			return diskFailure(err)
 		}
 	}
-	have, err := io.Copy(d.hash, &contextReader{ctx, d.file})
+	have, err := io.Copy(d.hash, contextReader(ctx, d.file))
 	if err != nil {
 		return diskFailure(err)
 	}
@@ -439,7 +439,7 @@ func hashFile(ctx context.Context, h hash.Hash, path string) error {
 		return err
 	}
 	defer f.Close()
-	_, err = io.Copy(h, &contextReader{ctx, f})
+	_, err = io.Copy(h, contextReader(ctx, f))
 	return err
 }
 
@@ -451,15 +451,17 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// contextReader ends a long read when its context ends.
-type contextReader struct {
-	ctx context.Context
-	r   io.Reader
-}
+// readerFunc is a reader made of its one method.
+type readerFunc func([]byte) (int, error)
 
-func (c *contextReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// contextReader ends a long read when ctx ends.
+func contextReader(ctx context.Context, r io.Reader) io.Reader {
+	return readerFunc(func(p []byte) (int, error) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		return r.Read(p)
+	})
 }

@@ -102,7 +102,7 @@ func workerMain() int {
 			return
 		case "slow":
 			for !isFile(f.File) && r.Context().Err() == nil {
-				time.Sleep(10 * time.Millisecond)
+				<-time.After(10 * time.Millisecond)
 			}
 		}
 		body, err := io.ReadAll(r.Body)

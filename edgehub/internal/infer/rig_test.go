@@ -147,7 +147,7 @@ func (e *edge) until(what string, f func() bool) {
 		if time.Now().After(end) {
 			e.Fatalf("waited in vain until %s; reports: %v", what, e.m.Reports())
 		}
-		time.Sleep(5 * time.Millisecond)
+		<-time.After(5 * time.Millisecond)
 	}
 }
 

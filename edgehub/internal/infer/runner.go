@@ -86,6 +86,9 @@ func (r *runner) run(ctx context.Context) {
 	}
 }
 
+// verdict of a probe.
+type verdict struct{ err error }
+
 // serve runs one worker to its end. It returns why it ended; nil if ctx did.
 func (r *runner) serve(ctx context.Context) *failure {
 	t := &r.m.tune
@@ -108,7 +111,7 @@ func (r *runner) serve(ctx context.Context) *failure {
 	serving := false
 	defer r.update(func(s *runnerState) { s.worker = nil })
 	// Probes run beside the watch over memory.
-	verdicts := make(chan error, 1)
+	verdicts := make(chan verdict, 1)
 	probing, missed := false, 0
 	probeCtx, endProbe := context.WithCancel(ctx)
 	defer func() {
@@ -136,28 +139,28 @@ func (r *runner) serve(ctx context.Context) *failure {
 		case <-ready:
 			ready = nil
 			probing = true
-			go func() { verdicts <- r.warm(probeCtx, w) }()
+			go func() { verdicts <- verdict{r.warm(probeCtx, w)} }()
 		case <-probe.C:
 			if serving && !probing {
 				probing = true
-				go func() { verdicts <- r.alive(probeCtx, w) }()
+				go func() { verdicts <- verdict{r.alive(probeCtx, w)} }()
 			}
-		case err := <-verdicts:
+		case v := <-verdicts:
 			probing = false
 			switch {
-			case err == nil && !serving:
+			case v.err == nil && !serving:
 				serving = true
 				load.Stop()
 				probation.Reset(t.probation)
 				w.log.Info("worker ready", "pid", w.pid, "engine", w.engine)
 				r.update(func(s *runnerState) { s.worker = w })
-			case err == nil:
+			case v.err == nil:
 				missed = 0
 			case !serving:
-				return &failure{reasonLoadFailed, err.Error()}
+				return &failure{reasonLoadFailed, v.err.Error()}
 			default:
 				if missed++; missed >= t.probeFailures {
-					return &failure{reasonHung, err.Error()}
+					return &failure{reasonHung, v.err.Error()}
 				}
 			}
 		case <-probation.C:
