@@ -140,7 +140,7 @@ func (l *Log) start() error {
 	}
 	l.epochs = append(l.epochs, e)
 	if err := l.save(); err != nil {
-		return err
+		return fmt.Errorf("%w (free space on the disk of %s if it is full)", err, l.dir)
 	}
 	// The directory must outlive a power cut before anything in it is acknowledged.
 	if err := l.disk.MkdirAll(l.epochDir(e)); err != nil {
@@ -151,7 +151,10 @@ func (l *Log) start() error {
 			return fmt.Errorf("sync %s: %w", dir, err)
 		}
 	}
-	return l.release(nil)
+	if err := l.release(nil); err != nil { // costs space, nothing else
+		l.cfg.Logger.Error("outbox can't give back disk space", "err", err)
+	}
+	return nil
 }
 
 func (c *Config) complete() error {
@@ -323,6 +326,7 @@ func (l *Log) lose(t *track, first, last uint64, reason string) error {
 // that is not nil.
 func (l *Log) release(w *writer) error {
 	var gone []string
+	var over []*epoch
 	for _, e := range l.epochs {
 		for _, t := range e.tracks {
 			t.segs = slices.DeleteFunc(t.segs, func(s *segment) bool {
@@ -343,10 +347,10 @@ func (l *Log) release(w *writer) error {
 			sum := l.totals[name]
 			l.totals[name] = total{sum.Accepted + t.next - 1, sum.Acked + t.acked, sum.Dropped + t.dropped}
 		}
-		gone = append(gone, l.epochDir(e))
+		over = append(over, e)
 		return true
 	})
-	if len(gone) == 0 {
+	if len(gone)+len(over) == 0 {
 		return nil
 	}
 	// On a full disk the state can't be written before space is given back. Should the power go just then, the next start
@@ -357,6 +361,9 @@ func (l *Log) release(w *writer) error {
 		if err := l.disk.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
+	}
+	for _, e := range over {
+		errs = append(errs, l.removeEpoch(e))
 	}
 	if early != nil {
 		errs = append(errs, l.save())

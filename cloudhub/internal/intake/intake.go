@@ -42,7 +42,7 @@ var ErrClosed = errors.New("telemetry store is closed")
 
 const (
 	// groupBytes and groupUnits bound what one transaction holds; shareBytes what one edge has of it.
-	groupBytes = 1 << 20
+	groupBytes = 768 << 10
 	groupUnits = 1000
 	shareBytes = 256 << 10
 	// retryFirst and retryMax are the pauses after a commit that failed.
@@ -121,7 +121,7 @@ func Open(cfg Config) (*Intake, error) {
 	// Frames are compressed already, so Badger does not; then it needs no block cache. All values stand in the tables, none in
 	// the value log: what retention deletes there would come back to the disk only after the tables have been compacted too.
 	o := badger.DefaultOptions(cfg.Dir).WithLogger(badgerLog{cfg.Logger}).WithSyncWrites(true).WithDetectConflicts(false).
-		WithMemTableSize(16 << 20).WithNumMemtables(2).WithNumLevelZeroTables(2).WithNumLevelZeroTablesStall(6).WithNumCompactors(2).
+		WithMemTableSize(8 << 20).WithNumMemtables(2).WithNumLevelZeroTables(2).WithNumLevelZeroTablesStall(6).WithNumCompactors(2).
 		WithValueThreshold(1 << 20).WithValueLogFileSize(1 << 20).WithCompression(options.None).WithBlockCacheSize(0).
 		WithIndexCacheSize(16 << 20).WithMetricsEnabled(false)
 	if i.db, err = badger.Open(o); err != nil {
