@@ -80,8 +80,8 @@ func (d *demo) setUp(ctx context.Context, bin rig.Bin, dir string) error {
 	if err := d.hub.Start(ctx); err != nil {
 		return err
 	}
-	for i, name := range []string{"dock-hamburg", "dock-oslo"} {
-		e, err := d.newDock(ctx, bin, dir, name, uint64(i+1))
+	for i, name := range edgeNames {
+		e, err := d.newDock(ctx, bin, dir, name, machineSeeds[i])
 		if err != nil {
 			return err
 		}
@@ -175,7 +175,7 @@ func (d *demo) mirrored(ctx context.Context) error {
 		}
 		d.console.fact("%s holds pod %s (%s, %s), serves model %s version %s on %s", e.Name, st.Pods[0].Name, st.Pods[0].Phase, st.Pods[0].Reason, m.Name, m.ServingVersion, m.Engine)
 	}
-	return d.showKube(ctx, "get", "nodes,edges,models")
+	return d.showKube(ctx, "nodes,edges,models")
 }
 
 func (d *demo) inferring(ctx context.Context) error {
@@ -354,7 +354,7 @@ func (d *demo) linkBack(ctx context.Context) error {
 		}
 		d.console.fact("%s: %d of %d verdicts of version 2 are right (the bearing is %s)", e.Name, right, all, e.sensor.condition())
 	}
-	return d.showKube(ctx, "get", "edges,models")
+	return d.showKube(ctx, "edges,models")
 }
 
 func (d *demo) sumUp(ctx context.Context) error {

@@ -9,11 +9,19 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/longshore-edge/longshore/e2e/cluster"
+	"github.com/longshore-edge/longshore/e2e/rig"
 )
 
 const modelName = "bearing"
+
+// The edges, and the simulated machines that stand at them: two on which version 2 hears more than version 1.
+var (
+	edgeNames    = []string{"dock-hamburg", "dock-oslo"}
+	machineSeeds = []uint64{5, 13}
+)
 
 // file is a model file.
 type file struct {
@@ -118,7 +126,7 @@ spec:
 ` + indent(podSpec, "  ")
 	}
 	text := configMapYAML
-	for i, edge := range []string{"dock-hamburg", "dock-oslo"} {
+	for i, edge := range edgeNames {
 		if i > 0 {
 			text += "---\n"
 		}
@@ -154,14 +162,28 @@ func (d *demo) kubectl(ctx context.Context, stdin string, args ...string) (strin
 	return string(out), nil
 }
 
-// showKube prints what a cloud team would look at.
-func (d *demo) showKube(ctx context.Context, args ...string) error {
+// showKube prints what a cloud team would look at, once the cluster has what the edges reported.
+func (d *demo) showKube(ctx context.Context, kinds string) error {
 	if !d.kube {
 		return nil
 	}
-	out, err := d.kubectl(ctx, "", args...)
+	wait, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for _, w := range [][3]string{{"model/" + modelName, "serving", "2"}, {"edge/" + edgeNames[0], "synced", "true"}, {"edge/" + edgeNames[1], "synced", "true"}} {
+		err := rig.Until(wait, func() error {
+			got, err := d.kubectl(wait, "", "get", w[0], "-o", "jsonpath={.status."+w[1]+"}")
+			if err == nil && got != w[2] {
+				err = fmt.Errorf("%s of %s is %q, not %s", w[1], w[0], got, w[2])
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	out, err := d.kubectl(ctx, "", "get", kinds)
 	if err == nil {
-		d.console.show("kubectl "+strings.Join(args, " "), out)
+		d.console.show("kubectl get "+kinds, out)
 	}
 	return err
 }
@@ -206,9 +228,13 @@ func (d *demo) startCluster(ctx context.Context, dir string) error {
 
 // hubKubeconfig gives the hub the rights of deploy/rbac.yaml and no others.
 func (d *demo) hubKubeconfig(ctx context.Context, dir string) (string, error) {
-	token, err := d.kubectl(ctx, "", "create", "token", "cloudhub", "--namespace", "longshore-system")
+	answer, err := d.kubectl(ctx, "{}", "create", "--raw", "/api/v1/namespaces/longshore-system/serviceaccounts/cloudhub/token", "-f", "-")
 	if err != nil {
 		return "", err
+	}
+	var request struct{ Status struct{ Token string } }
+	if err := json.Unmarshal([]byte(answer), &request); err != nil {
+		return "", fmt.Errorf("token of the hub's service account: %w", err)
 	}
 	b, err := os.ReadFile(d.cluster.Kubeconfig)
 	if err != nil {
@@ -219,7 +245,7 @@ func (d *demo) hubKubeconfig(ctx context.Context, dir string) (string, error) {
 		return "", err
 	}
 	for _, args := range [][]string{
-		{"set-credentials", "cloudhub", "--token", strings.TrimSpace(token)},
+		{"set-credentials", "cloudhub", "--token", request.Status.Token},
 		{"set-context", "--current", "--user", "cloudhub"},
 	} {
 		cmd := exec.CommandContext(ctx, "kubectl", append([]string{"--kubeconfig", path, "config"}, args...)...)

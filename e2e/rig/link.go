@@ -9,11 +9,11 @@ import (
 
 // Link is a TCP relay that can be cut: it stands for the network between an edge and the hub.
 type Link struct {
-	target string
-	l      net.Listener
-	wg     sync.WaitGroup
+	l  net.Listener
+	wg sync.WaitGroup
 
 	mu     sync.Mutex
+	target string
 	cut    bool
 	closed bool
 	conns  map[net.Conn]struct{}
@@ -48,6 +48,14 @@ func (k *Link) Restore() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.cut = false
+}
+
+// Retarget ends every connection; new ones go to another target.
+func (k *Link) Retarget(target string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.target = target
+	k.dropAll()
 }
 
 // Bytes relayed so far, both ways.
@@ -92,16 +100,16 @@ func (k *Link) accept() {
 	}
 }
 
-// admit notes a connection, or closes it if the link is cut.
-func (k *Link) admit(c net.Conn) bool {
+// admit notes a connection and returns the target, or closes it if the link is cut or goes elsewhere than expected.
+func (k *Link) admit(c net.Conn, expected string) (target string, ok bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.cut || k.closed {
+	if k.cut || k.closed || expected != "" && expected != k.target {
 		c.Close()
-		return false
+		return "", false
 	}
 	k.conns[c] = struct{}{}
-	return true
+	return k.target, true
 }
 
 func (k *Link) forget(c net.Conn) {
@@ -112,15 +120,16 @@ func (k *Link) forget(c net.Conn) {
 }
 
 func (k *Link) relay(down net.Conn) {
-	if !k.admit(down) {
+	target, ok := k.admit(down, "")
+	if !ok {
 		return
 	}
 	defer k.forget(down)
-	up, err := net.Dial("tcp", k.target)
+	up, err := net.Dial("tcp", target)
 	if err != nil {
 		return
 	}
-	if !k.admit(up) {
+	if _, ok := k.admit(up, target); !ok {
 		return
 	}
 	defer k.forget(up)
