@@ -54,16 +54,16 @@ type Replica struct {
 	unconfirmed []EdgeAction
 
 	// The session.
-	running             bool
-	nonce               [16]byte
-	session             uint64
-	outboxes            []*longshorepb.OutboxHead
-	counter             uint64
-	helloAt             time.Time
-	helloPause          time.Duration
-	subscribed          bool
-	synced, supersededA bool
-	problem             string
+	running            bool
+	nonce              [16]byte
+	session            uint64
+	outboxes           []*longshorepb.OutboxHead
+	counter            uint64
+	helloAt            time.Time
+	helloPause         time.Duration
+	subscribed         bool
+	synced, superseded bool
+	problem            string
 
 	target *target
 	hints  hints
@@ -119,7 +119,7 @@ func NewReplica(cfg ReplicaConfig, stored Stored) *Replica {
 func (r *Replica) Start(now time.Time, nonce [16]byte, session uint64, outboxes []*longshorepb.OutboxHead) {
 	r.Stop()
 	r.running, r.nonce, r.session, r.outboxes = true, nonce, session, outboxes
-	r.counter, r.synced, r.supersededA, r.subscribed, r.problem = 0, false, false, false, ""
+	r.counter, r.synced, r.superseded, r.subscribed, r.problem = 0, false, false, false, ""
 	r.helloAt, r.helloPause = now, helloMin
 	r.flow.reset()
 }
@@ -275,12 +275,12 @@ func (r *Replica) receiveHead(now time.Time, s *longshorepb.SignedHead) error {
 	r.counter = h.GetCounter()
 	r.helloAt = time.Time{}
 	if h.GetSuperseded() {
-		r.supersededA, r.target, r.synced = true, nil, false
+		r.superseded, r.target, r.synced = true, nil, false
 		return nil
 	}
 	d := Digest(h.GetList())
 	switch {
-	case r.supersededA:
+	case r.superseded:
 		return errors.New("head after the edge was superseded")
 	case r.committed != nil && r.committed.Digest == d:
 		r.synced = true
@@ -310,7 +310,7 @@ func (r *Replica) Poll(now time.Time) []EdgeAction {
 	if !r.helloAt.IsZero() && !now.Before(r.helloAt) {
 		r.hello(now)
 	}
-	if len(r.out) == 0 && !r.supersededA {
+	if len(r.out) == 0 && !r.superseded {
 		r.advance(now)
 	}
 	r.unconfirmed, r.out = r.out, nil
@@ -492,7 +492,7 @@ func (r *Replica) Deadline() time.Time {
 // Status for people and reports.
 func (r *Replica) Status() ReplicaStatus {
 	s := ReplicaStatus{
-		Synced: r.synced, Superseded: r.supersededA, Cluster: r.cluster, Head: r.counter, Problem: r.problem,
+		Synced: r.synced, Superseded: r.superseded, Cluster: r.cluster, Head: r.counter, Problem: r.problem,
 	}
 	if r.committed != nil {
 		s.Committed = r.committed.Digest
