@@ -185,8 +185,11 @@ func TestHubServesItsDoorsAndEnds(t *testing.T) {
 			t.Errorf("%s: %d %s, want %d", path, code, body, want)
 		}
 	}
-	if _, body := p.get("/metrics", ""); !strings.Contains(body, "longshore_sessions 0") {
-		t.Error("/metrics has no longshore_sessions")
+	_, metrics := p.get("/metrics", "")
+	for _, line := range []string{"longshore_sessions 0", `longshore_telemetry_records_total{state="duplicate"} 0`} {
+		if !strings.Contains(metrics, line) {
+			t.Errorf("/metrics lacks %q", line)
+		}
 	}
 	if code := p.stop(); code != 0 {
 		t.Errorf("exit code %d after SIGTERM; log:\n%s", code, p.text())

@@ -1,8 +1,13 @@
 package main
 
 import (
+	"context"
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/longshore-edge/longshore/cloudhub/internal/intake"
 )
 
 // registry reads the counters of the parts when it is scraped. No metric carries the name of an edge.
@@ -54,5 +59,51 @@ func (h *hub) registry() *prometheus.Registry {
 	}
 	file("model_files_ready", "Model files that edges can fetch.", true)
 	file("model_files_missing", "Model files that a Model names and that are not here (yet).", false)
+	r.MustRegister(newLedgerCollector(h.intake))
 	return r
+}
+
+// ledgerCollector reads the books of all edges when it is scraped.
+type ledgerCollector struct {
+	intake *intake.Intake
+	// records by what became of them.
+	records *prometheus.Desc
+}
+
+// ledgerTimeout bounds one look at the books.
+const ledgerTimeout = 5 * time.Second
+
+func newLedgerCollector(in *intake.Intake) *ledgerCollector {
+	return &ledgerCollector{in, prometheus.NewDesc("longshore_telemetry_records_total",
+		"Telemetry records of all edges: accepted by edges, delivered to the store, ledgered as lost, booked twice (always 0), received again, in conflict.",
+		[]string{"state"}, nil)}
+}
+
+// Describe implements prometheus.Collector.
+func (c *ledgerCollector) Describe(d chan<- *prometheus.Desc) { d <- c.records }
+
+// Collect implements prometheus.Collector.
+func (c *ledgerCollector) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), ledgerTimeout)
+	defer cancel()
+	sums, _, err := c.intake.Ledger(ctx, intake.Query{Limit: 1})
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(c.records, err)
+		return
+	}
+	var all intake.Sum
+	for _, s := range sums {
+		all.Accepted += s.Accepted
+		all.Delivered += s.Delivered
+		all.Ledgered += s.Ledgered
+		all.Duplicates += s.Duplicates
+		all.Resent += s.Resent
+		all.Conflicts += s.Conflicts
+	}
+	for state, n := range map[string]uint64{
+		"accepted": all.Accepted, "delivered": all.Delivered, "ledgered": all.Ledgered,
+		"duplicate": all.Duplicates, "resent": all.Resent, "conflict": all.Conflicts,
+	} {
+		out <- prometheus.MustNewConstMetric(c.records, prometheus.CounterValue, float64(n), state)
+	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/url"
@@ -98,7 +99,7 @@ func printRecords(w io.Writer, body io.Reader) error {
 	for {
 		var r recordJSON
 		err := lines.Decode(&r)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return t.Flush()
 		}
 		if err != nil {

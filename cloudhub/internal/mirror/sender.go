@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -79,11 +80,15 @@ func (m *Mirror) serve(ctx context.Context, c *conn) {
 		s.sync(false)
 	}
 	c.hangUp()
-	if err != nil {
-		m.refuse(c, err.Error())
+	select {
+	case <-c.Done():
+	default:
+		if err != nil {
+			m.refuse(c, err.Error())
+		}
 	}
-	_, silent := err.(errSilent)
-	m.ended(c, !silent && ctx.Err() == nil)
+	var silent errSilent
+	m.ended(c, !errors.As(err, &silent) && ctx.Err() == nil)
 	m.cfg.Logger.Debug("sender ended", "edge", c.edge, "remote", c.Remote())
 }
 
@@ -138,7 +143,7 @@ func (s *sender) step(proofs context.Context, now time.Time) (busy bool, err err
 	s.deadline = time.Time{}
 	in := s.c.take()
 	if in.close != "" {
-		return false, fmt.Errorf("%s", in.close)
+		return false, errors.New(in.close)
 	}
 	fresh := s.look(now)
 	if !s.snap.Synced {
@@ -271,7 +276,7 @@ func (s *sender) syncRound(proofs context.Context, now time.Time, in inbox, fres
 		case desired.Prove:
 			s.wanted = true
 		case desired.Close:
-			return false, fmt.Errorf("%s", a.Reason)
+			return false, errors.New(a.Reason)
 		}
 	}
 	s.prove(proofs, now)
@@ -363,7 +368,7 @@ func (s *sender) sendAck() (sent bool, err error) {
 	return true, s.send(topic.Topic{Kind: topic.Ack, Edge: s.c.edge}.String(), payload, false)
 }
 
-// send writes one message; a connection that has ended is no reason to close it.
+// send writes one message and counts it.
 func (s *sender) send(name string, payload []byte, retain bool) error {
 	if err := s.c.Send(name, payload, retain); err != nil {
 		return fmt.Errorf("send: %w", err)
