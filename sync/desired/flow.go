@@ -431,7 +431,7 @@ func (r *Replica) receiveChunk(now time.Time, c *longshorepb.Chunk) error {
 		if c.GetNewest() == nil {
 			return nil
 		}
-		return r.receiveHead(now, c.GetNewest())
+		return r.receiveHead(c.GetNewest())
 	}
 	if f == nil {
 		return nil // late: nobody waits for it any more

@@ -38,14 +38,6 @@ func (d Digest) Short() string { return hex.EncodeToString(d[:6]) }
 // IsZero reports whether d is the zero digest, which names nothing.
 func (d Digest) IsZero() bool { return d == Digest{} }
 
-// bytes returns nil for the zero digest, as the wire has it.
-func (d Digest) bytes() []byte {
-	if d.IsZero() {
-		return nil
-	}
-	return d[:]
-}
-
 // toDigest takes 32 bytes.
 func toDigest(b []byte) (Digest, error) {
 	if len(b) != len(Digest{}) {
@@ -155,7 +147,7 @@ func FromModel(m *longshorepb.Model) (Object, error) {
 
 // strip drops what changes without the desired state changing.
 func strip(m metav1.ObjectMeta) metav1.ObjectMeta {
-	m.ManagedFields, m.ResourceVersion, m.Generation, m.SelfLink = nil, "", 0, ""
+	m.ManagedFields, m.ResourceVersion, m.Generation = nil, "", 0
 	return m
 }
 

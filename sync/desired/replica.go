@@ -241,7 +241,7 @@ func (r *Replica) Receive(now time.Time, name string, payload []byte) error {
 		if err := proto.Unmarshal(payload, &h); err != nil {
 			return fmt.Errorf("decode index: %w", err)
 		}
-		return r.receiveHead(now, &h)
+		return r.receiveHead(&h)
 	case topic.Objects, topic.Models:
 		var c longshorepb.Chunk
 		if err := proto.Unmarshal(payload, &c); err != nil {
@@ -262,7 +262,7 @@ func (r *Replica) Receive(now time.Time, name string, payload []byte) error {
 }
 
 // receiveHead takes a head that is signed, for this edge and session, and newer than the last.
-func (r *Replica) receiveHead(now time.Time, s *longshorepb.SignedHead) error {
+func (r *Replica) receiveHead(s *longshorepb.SignedHead) error {
 	h, err := openHead(r.keys, s)
 	if err != nil {
 		return err

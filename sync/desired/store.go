@@ -291,7 +291,8 @@ func loadParts(txn *badger.Txn, st *Stored) error {
 			p.Data = bytes.Clone(value[10:])
 		case ok && binary.BigEndian.Uint64(key[33:]) == uint64(len(before.Data)) &&
 			before.Total == p.Total && before.Enc == p.Enc && before.Kind == p.Kind:
-			p.Data = append(before.Data, value[10:]...)
+			before.Data = append(before.Data, value[10:]...)
+			p = before
 		default:
 			return nil // behind a gap, or of another encoding
 		}

@@ -49,32 +49,27 @@ func (w *World) Exec(line string) ([]string, error) {
 func (w *World) Failures() []error { return w.failures }
 
 func (w *World) exec(cmd string, args []string) error {
-	arg := func(i int) string {
-		if i < len(args) {
-			return args[i]
-		}
-		return ""
-	}
+	first := strings.Join(args[:min(1, len(args))], "")
 	switch cmd {
 	case "hub":
-		w.hubs = append(w.hubs, &hub{w: w, name: arg(0), pos: w.cluster.newest()})
+		w.hubs = append(w.hubs, &hub{w: w, name: first, pos: w.cluster.newest()})
 	case "edge":
-		b := &box{w: w, name: arg(0), edge: arg(0), disk: newDisk()}
+		b := &box{w: w, name: first, edge: first, disk: newDisk()}
 		b.boot()
 		w.boxes = append(w.boxes, b)
 	case "put", "del":
 		return w.execChange(cmd, args)
 	case "restore":
-		pos, err := strconv.Atoi(arg(0))
+		pos, err := strconv.Atoi(first)
 		if err != nil || pos < 0 {
-			return fmt.Errorf("no position %q", arg(0))
+			return fmt.Errorf("no position %q", first)
 		}
 		w.cluster.restore(min(pos, w.cluster.newest()))
 		w.changed()
 	case "link":
 		return w.execLink(args)
 	case "run":
-		d, err := time.ParseDuration(arg(0))
+		d, err := time.ParseDuration(first)
 		if err != nil {
 			return err
 		}
