@@ -107,8 +107,8 @@ func (f *feed[T]) Run(ctx context.Context, example T) {
 		f.setAgain(cancel)
 		cache.NewReflectorWithOptions(lw, example, f, cache.ReflectorOptions{
 			Name: f.what.resource,
-			// From 0.8 s to 10 s: a hub that cannot watch is of no use, so it is more eager than the usual 30 s.
-			Backoff: &wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 12, Cap: 10 * time.Second},
+			// From 0.8 s to 5 s: a hub that cannot watch is of no use, so it is more eager than the usual 30 s.
+			Backoff: &wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 0.5, Steps: 12, Cap: 5 * time.Second},
 		}).RunWithContext(limited)
 		cancel()
 	}

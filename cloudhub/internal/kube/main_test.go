@@ -196,10 +196,14 @@ func (w testWriter) Write(b []byte) (int, error) {
 // eventually waits until check returns nil.
 func eventually(t *testing.T, what string, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	begin := time.Now()
+	deadline := begin.Add(patience)
 	for {
 		err := check()
 		if err == nil {
+			if took := time.Since(begin); took > patience/10 {
+				t.Logf("%s: after %s", what, took.Round(time.Second))
+			}
 			return
 		}
 		if time.Now().After(deadline) {

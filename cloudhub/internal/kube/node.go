@@ -96,13 +96,12 @@ func dress(node *corev1.Node, edge *v1alpha1.Edge, state *mirror.EdgeState) bool
 		"node-role.kubernetes.io/edge": "",
 		corev1.LabelHostname:           labelValue(edge.Name),
 		corev1.LabelTopologyZone:       labelValue("edge-" + edge.Name),
-		corev1.LabelOSStable:           "linux",
+		// A hub that has not heard from the edge leaves what one that has wrote.
+		corev1.LabelOSStable: labelValue(cmp.Or(nodeReport(state).GetOs(), node.Labels[corev1.LabelOSStable], "linux")),
 	}
-	if arch := cmp.Or(nodeReport(state).GetArchitecture(), edge.Status.Architecture); arch != "" {
+	arch := cmp.Or(nodeReport(state).GetArchitecture(), node.Labels[corev1.LabelArchStable], edge.Status.Architecture)
+	if arch != "" {
 		labels[corev1.LabelArchStable] = labelValue(arch)
-	}
-	if os := nodeReport(state).GetOs(); os != "" {
-		labels[corev1.LabelOSStable] = labelValue(os)
 	}
 	var copied []string
 	for k, v := range edge.Labels {

@@ -18,6 +18,7 @@ import (
 	"sync"
 	"testing"
 
+	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/clientcmd"
@@ -59,7 +60,7 @@ func TestProofWaitsForALaggingCache(t *testing.T) {
 	ctx := context.Background()
 	namespace(t, "lag")
 	optIn(t, "lag")
-	createEdge(t, edgeWithPods("lag-1", nil))
+	createEdge(t, edgeWithPods("lag-1", map[string]string{"lag": "yes"}))
 	slow := newSlowServer(t)
 	h := startHub(t, "lag", slow.kubeconfig)
 	h.expect(t, "lag-1")
@@ -82,7 +83,7 @@ func TestProofWaitsForALaggingCache(t *testing.T) {
 			_, err = control.admin.core.CoreV1().ConfigMaps("lag").Update(ctx, config, metav1.UpdateOptions{})
 			must(t, err)
 		},
-		"model": func() { createModel(t, modelOf("lag", "model", "1", &metav1.LabelSelector{})) },
+		"model": func() { createModel(t, modelOf("lag", "model", "1", &metav1.LabelSelector{MatchLabels: map[string]string{"lag": "yes"}})) },
 	} {
 		slow.hold()
 		change()
@@ -119,6 +120,29 @@ func TestProofWaitsForALaggingCache(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Whoever stops a hub waits for all of it: nothing of it goes on with the API server or the cache after Run.
+func TestRunLeavesNothingBehind(t *testing.T) {
+	before := goleak.IgnoreCurrent()
+	namespace(t, "behind")
+	optIn(t, "behind")
+	createEdge(t, edgeWithPods("behind-1", nil))
+	h := startHub(t, "behind", control.hub)
+	podOn(t, "behind", "pod", "behind-1", func(p *corev1.Pod) {
+		p.Spec.ImagePullSecrets = []corev1.LocalObjectReference{{Name: "registry"}}
+	})
+	h.expect(t, "behind-1", "POD behind/pod", "SECRET behind/registry absent: not found")
+	h.Report(online("behind-1", 1))
+	eventually(t, "the Edge is online", func() error { return link(t, "behind-1", "behind", 1, linkOnline) })
+	h.stop()
+	goleak.VerifyNone(t, before,
+		// Idle connections to the API server belong to the process.
+		goleak.IgnoreAnyFunction("golang.org/x/net/http2.(*ClientConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*http2ClientConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http/internal/http2.(*ClientConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"))
 }
 
 // slowServer stands before the API server and can hold back what watches say.

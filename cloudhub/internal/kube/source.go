@@ -157,6 +157,7 @@ func (s *Source) feed(ctx context.Context) error {
 			return err
 		}
 		s.log.Warn("The cluster's store went back in time: dropping the cache and listing again")
+		s.generation.Store(nil)
 		s.cfg.Cache.Reset()
 		s.forget()
 	}
@@ -196,13 +197,9 @@ func (s *Source) sync(ctx context.Context, gen *generation, running *sync.WaitGr
 	if err := gen.nodes.waitSynced(ctx); err != nil {
 		return err
 	}
-	for _, e := range s.edges.all() {
-		for e.Spec.Pods {
-			err := s.judge(ctx, e.Name)
-			if err == nil {
-				break
-			}
-			s.log.Warn("Cannot tell whether a Node is an edge's, trying again", "edge", e.Name, "error", err)
+	for _, name := range s.edges.names() {
+		for err := s.judge(ctx, name); err != nil; err = s.judge(ctx, name) {
+			s.log.Warn("Cannot tell whether a Node is an edge's, trying again", "edge", name, "error", err)
 			if !pause(ctx, time.Second) {
 				return ctx.Err()
 			}

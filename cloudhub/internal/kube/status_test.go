@@ -161,6 +161,11 @@ func TestDress(t *testing.T) {
 	if !dress(node, e, nil) || dress(node, e, nil) {
 		t.Fatal("a first dressing changes the node, a second does not")
 	}
+	state := online("n", 1)
+	dress(node, e, &state)
+	if dress(node, e, nil) || node.Labels[corev1.LabelArchStable] != "arm64" {
+		t.Fatal("a hub that has not heard from the edge undoes what another wrote")
+	}
 	delete(e.Labels, "line")
 	if !dress(node, e, nil) || node.Labels["line"] != "" || node.Labels["site"] != "hall" || node.Labels["theirs"] != "1" || node.Labels[corev1.LabelOSStable] != "linux" {
 		t.Fatalf("labels %v", node.Labels)
