@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dgraph-io/badger/v4"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
@@ -194,6 +195,47 @@ func TestEdgesTakeTurns(t *testing.T) {
 	}
 	if !found || size > groupBytes {
 		t.Errorf("first commit of %d bytes holds the other edge's record: %v", size, found)
+	}
+}
+
+// G3: a commit that failed must leave no trace in the books: what is acknowledged from them would be lost, and tried again the
+// records would count as there already. A group too large for the store fails so, and then goes in parts.
+func TestG3FailedCommitLeavesNoTrace(t *testing.T) {
+	i, err := Open(Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &store{Intake: i}
+	defer i.Close()
+	c := i.Session("e", &longshorepb.Hello{}, func() {})
+	mustReceive(t, c, message(t, makeFrame(t, "s", 1, "x")))
+	if err := i.commit(i.gather()); err != nil {
+		t.Fatal(err)
+	}
+	noise := make([]byte, 12_000)
+	_, _ = rand.Read(noise)
+	const more = 150
+	for n := range uint64(more) {
+		mustReceive(t, c, message(t, makeFrame(t, "s", 2+n, string(noise))))
+	}
+	var group []*unit
+	for g := i.gather(); len(g) > 0; g = i.gather() {
+		group = append(group, g...)
+	}
+	if err := i.commitOnce(group); !errors.Is(err, badger.ErrTxnTooBig) {
+		t.Fatalf("commit of %d messages: %v", len(group), err)
+	}
+	if a := c.Ack(true); a.GetEpochs()[0].GetStreams()[0].GetWatermark() != 2 {
+		t.Errorf("acknowledged before the commit: %v", a)
+	}
+	if err := i.commit(group); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.sum(t, Query{}); got != (Sum{Accepted: 1 + more, Delivered: 1 + more}) || len(s.records(t, Query{})) != 1+more {
+		t.Errorf("sum %+v", got)
+	}
+	if a := c.Ack(false); a.GetEpochs()[0].GetStreams()[0].GetWatermark() != more+2 {
+		t.Errorf("acknowledgement %v", a)
 	}
 }
 
