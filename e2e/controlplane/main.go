@@ -24,7 +24,7 @@ import (
 )
 
 // shutdownLimit bounds how long the components may take to end: the API server waits for clients that keep watches open.
-const shutdownLimit = 10 * time.Second
+const shutdownLimit = 3 * time.Second
 
 type config struct {
 	// dir is absolute.

@@ -83,7 +83,9 @@ func TestProofWaitsForALaggingCache(t *testing.T) {
 			_, err = control.admin.core.CoreV1().ConfigMaps("lag").Update(ctx, config, metav1.UpdateOptions{})
 			must(t, err)
 		},
-		"model": func() { createModel(t, modelOf("lag", "model", "1", &metav1.LabelSelector{MatchLabels: map[string]string{"lag": "yes"}})) },
+		"model": func() {
+			createModel(t, modelOf("lag", "model", "1", &metav1.LabelSelector{MatchLabels: map[string]string{"lag": "yes"}}))
+		},
 	} {
 		slow.hold()
 		change()
