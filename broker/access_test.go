@@ -109,8 +109,13 @@ func TestWillGoesThroughTheStore(t *testing.T) {
 		}
 		// An empty will clears a retained message; it is legal.
 		dial(t, addr, options{id: "broken", version: version, edit: withWill("w/broken", "", 1, true)}).close()
-		if pk := s.next(packets.Publish); len(pk.Payload) != 0 {
-			t.Errorf("empty will arrived as %q", pk.Payload)
+		eventually(t, "empty will stored", func() bool { return slices.Equal(d.payloads(), []string{"gone", ""}) })
+		last := dial(t, addr, options{id: "last"})
+		last.publish("w/marker", "m", 1, 1) // fanned out after the will
+		last.subscribe(1, "w/#")
+		last.publish("w/marker", "m", 1, 1)
+		if pk := last.next(packets.Publish); pk.TopicName != "w/marker" {
+			t.Errorf("%q is still retained", pk.TopicName)
 		}
 	}
 }

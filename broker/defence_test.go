@@ -340,23 +340,25 @@ func TestOversizePacketsCostNoMemory(t *testing.T) {
 func TestGarbageIsRefused(t *testing.T) {
 	b, addr := serve(t, broker.Config{})
 	connect := "\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01g"
+	connect5 := "\x10\x0e\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x01g"
 	for _, s := range []string{
 		"GET / HTTP/1.1\r\n\r\n",
 		"\x10\xff\xff\xff\xff\x7f",
 		"\x10\x0c\x00\x04MQTT\x09\x02\x00\x3c\x00\x00",
 		"\x10\x02\x00\x04",
-		connect + "\x00\x00",                  // reserved packet type
-		connect + connect,                     // second CONNECT
-		connect + "\x82\x02\x00\x01",          // SUBSCRIBE without filter
-		connect + "\x82\x05\x00\x01\x00\x01a", // SUBSCRIBE without options: mochi's decoder panics
-		connect + "\x36\x05\x00\x01a\x00\x01", // QoS 3
-		connect + "\x32\x03\x00\x01a",         // no packet id
-		connect + "\x30\x05\x00\x03a/+",       // wildcard in a name
-		connect + "\x30\x04\x00\x02\xc3\x28",  // not UTF-8
-		connect + "\x62\x00",                  // PUBREL without id
-		connect + "\x40\x01\x00",              // short PUBACK
-		connect + "\x30\x02\x00\x00",          // empty topic
-		connect + "\x20\x02\x00\x00",          // a server's packet
+		connect + "\x00\x00",                       // reserved packet type
+		connect + connect,                          // second CONNECT
+		connect + "\x82\x02\x00\x01",               // SUBSCRIBE without filter
+		connect + "\x82\x05\x00\x01\x00\x01a",      // SUBSCRIBE without QoS
+		connect5 + "\x82\x06\x00\x01\x00\x00\x01a", // SUBSCRIBE without options: mochi's decoder panics
+		connect + "\x36\x05\x00\x01a\x00\x01",      // QoS 3
+		connect + "\x32\x03\x00\x01a",              // no packet id
+		connect + "\x30\x05\x00\x03a/+",            // wildcard in a name
+		connect + "\x30\x04\x00\x02\xc3\x28",       // not UTF-8
+		connect + "\x62\x00",                       // PUBREL without id
+		connect + "\x40\x01\x00",                   // short PUBACK
+		connect + "\x30\x02\x00\x00",               // empty topic
+		connect + "\x20\x02\x00\x00",               // a server's packet
 	} {
 		conn, err := net.Dial("tcp", addr.String())
 		if err != nil {

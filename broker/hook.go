@@ -276,15 +276,13 @@ func (b *Broker) accept(c *Conn, pk packets.Packet) error {
 	return nil
 }
 
-// OnSubscribe grants QoS 0 to virtual filters and keeps mochi from replaying retained messages: it would drop those
-// that its outbound channel can't hold.
+// OnSubscribe grants QoS 0 to virtual filters and notes what the client asked for.
 func (h *hook) OnSubscribe(cl *mqtt.Client, pk packets.Packet) packets.Packet {
 	c := connOf(cl)
 	c.asked = c.asked[:0]
 	for i, sub := range pk.Filters {
 		_, existed := c.session.subs.Get(sub.Filter)
 		c.asked = append(c.asked, subscription{sub, existed})
-		pk.Filters[i].RetainHandling = 2
 		if h.b.virtual(sub.Filter) {
 			pk.Filters[i].Qos = 0
 		}

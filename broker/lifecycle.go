@@ -61,8 +61,8 @@ func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login)
 	b.log.Info("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote, "error", err)
 }
 
-// establish lets mochi serve the connection. Its decoders panic on some truncated packets (a SUBSCRIBE without options
-// is enough): that ends the connection, not the program. Any other panic goes on.
+// establish lets mochi serve the connection. Its decoders panic on some truncated packets (an MQTT 5 SUBSCRIBE without
+// options is enough): that ends the connection, not the program. Any other panic goes on.
 func (b *Broker) establish(listener string, l *link) (err error) {
 	defer func() {
 		if l.conn.handling {
