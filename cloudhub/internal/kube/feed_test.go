@@ -20,7 +20,7 @@ func TestFeedMirrorsWhatAnEdgeNeedsAndNothingElse(t *testing.T) {
 	core := control.admin.core.CoreV1()
 	namespace(t, "feed")
 	optIn(t, "feed")
-	createEdge(t, edgeWithPods("feed-1", map[string]string{"site": "hall"}))
+	createEdge(t, edgeWithPods("feed-1", map[string]string{"feed": "yes"}))
 	createEdge(t, edgeWithPods("feed-2", nil))
 	h := startHub(t, "feed", control.hub)
 
@@ -32,7 +32,7 @@ func TestFeedMirrorsWhatAnEdgeNeedsAndNothingElse(t *testing.T) {
 		_, err := core.Secrets("feed").Create(ctx, secret, metav1.CreateOptions{})
 		must(t, err)
 	}
-	createModel(t, modelOf("feed", "model", "1", &metav1.LabelSelector{MatchLabels: map[string]string{"site": "hall"}}))
+	createModel(t, modelOf("feed", "model", "1", &metav1.LabelSelector{MatchLabels: map[string]string{"feed": "yes"}}))
 	podOn(t, "feed", "pod", "feed-1", func(p *corev1.Pod) {
 		p.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{
 			{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "config"}}},
