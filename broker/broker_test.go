@@ -74,7 +74,7 @@ func serve(t testing.TB, cfg broker.Config) (*broker.Broker, net.Addr) {
 // eventually polls until ok says true.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for limit := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
+	for limit := time.Now().Add(patience); !ok(); <-time.After(5 * time.Millisecond) {
 		if time.Now().After(limit) {
 			t.Fatalf("not within %v: %s", patience, what)
 		}

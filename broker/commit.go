@@ -33,8 +33,8 @@ func newCommits(limit int) *commits {
 	return &commits{limit: limit, wake: make(chan struct{}, 1)}
 }
 
-// add appends, and waits for room first if need be; it says false if done was closed before.
-func (q *commits) add(done <-chan struct{}, p pending) bool {
+// add appends, and waits for room first if need be, unless done is closed before.
+func (q *commits) add(done <-chan struct{}, p pending) {
 	for {
 		freed := q.tryAdd(p)
 		if freed == nil {
@@ -43,14 +43,13 @@ func (q *commits) add(done <-chan struct{}, p pending) bool {
 		select {
 		case <-freed:
 		case <-done:
-			return false
+			return
 		}
 	}
 	select {
 	case q.wake <- struct{}{}:
 	default:
 	}
-	return true
 }
 
 // tryAdd appends, or returns what to wait for.

@@ -3,6 +3,7 @@ package broker_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -294,7 +295,7 @@ func TestHandshakeTimeout(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = conn.SetReadDeadline(time.Now().Add(patience))
-		if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			t.Errorf("after %q: %v, want the connection closed", bytes, err)
 		}
 	}
@@ -417,7 +418,7 @@ func TestRetainedAndLiveKeepOrder(t *testing.T) {
 		for n := int64(1); ctx.Err() == nil; n++ {
 			last.Store(n)
 			_ = b.Publish(ctx, "v", []byte(strconv.FormatInt(n, 10)), 1, true)
-			time.Sleep(50 * time.Microsecond) // leave the machine to the clients
+			<-time.After(50 * time.Microsecond) // leave the machine to the clients
 		}
 	}()
 	for range 50 {

@@ -33,7 +33,7 @@ func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login)
 		slots: make(chan struct{}, b.cfg.MaxPending), wake: make(chan struct{}, 1), gone: make(chan struct{}),
 	}
 	l.conn = c
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	if !b.register(c) {
 		return
 	}

@@ -49,7 +49,7 @@ func TestWriteWithoutProgressCloses(t *testing.T) {
 	if _, err := w.Write([]byte("x")); !errors.Is(err, os.ErrDeadlineExceeded) || stats.stalled.Load() != 1 {
 		t.Errorf("stalled %d: %v", stats.stalled.Load(), err)
 	}
-	if _, err := far.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := far.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("connection still open: %v", err)
 	}
 }

@@ -83,7 +83,7 @@ func start(t *testing.T, dir string, args ...string) *process {
 			t.Log(p.text())
 		}
 	})
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); ; <-time.After(10 * time.Millisecond) {
 		if code, _ := p.get("/readyz", ""); code == http.StatusOK {
 			return p
 		}
@@ -162,7 +162,7 @@ func TestHubServesItsDoorsAndEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	var edges []edgeJSON
-	for deadline := time.Now().Add(30 * time.Second); len(edges) != 2; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); len(edges) != 2; <-time.After(10 * time.Millisecond) {
 		_, body := p.get("/api/v1/edges", "")
 		if err := json.Unmarshal([]byte(body), &edges); err != nil {
 			t.Fatal(err)

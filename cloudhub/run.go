@@ -245,8 +245,10 @@ func (h *hub) serve(ctx context.Context) error {
 	soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 	defer cancel()
 	if server.Shutdown(soon) != nil {
-		server.Close()
+		_ = server.Close()
 	}
-	<-ended
+	if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
 	return nil
 }

@@ -17,13 +17,14 @@ const module = "github.com/longshore-edge/longshore/"
 // layers say what each folder may import of this module: itself, and the folders named. The longest prefix of a package decides.
 var layers = map[string][]string{
 	"proto/longshorepb": {},
+	"proto/onnxfile":    {},
 	"sync/topic":        {},
 	"sync":              {"proto", "sync"},
 	"broker":            {"proto", "sync", "broker"},
 	"broker/mqttconn":   {"proto", "sync"},
 	"cloudhub":          {"proto", "sync", "broker", "cloudhub", "deploy"},
 	"edgehub":           {"proto", "sync", "broker", "edgehub"},
-	"edgehub/worker":    {"edgehub/worker", "edgehub/internal/oip"},
+	"edgehub/worker":    {"edgehub/worker", "edgehub/internal/oip", "proto/onnxfile"},
 	"deploy":            {},
 	"e2e":               {"e2e", "proto"},
 }
@@ -40,7 +41,7 @@ var owners = map[string][]string{
 // never are libraries that a command must not link, not even through others: they would cost every small box their memory.
 var never = map[string][]string{
 	"edgehub":        {"k8s.io/client-go", "github.com/gomlx", "github.com/ebitengine/purego"},
-	"edgehub/worker": {"k8s.io", "github.com/dgraph-io/badger", "github.com/mochi-mqtt"},
+	"edgehub/worker": {"k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "github.com/dgraph-io/badger", "github.com/mochi-mqtt"},
 }
 
 type listed struct {

@@ -16,7 +16,7 @@ import (
 var bin rig.Bin
 
 func TestMain(m *testing.M) {
-	os.Exit(run(m)) //nolint:forbidigo // TestMain is main here
+	os.Exit(run(m))
 }
 
 func run(m *testing.M) int {

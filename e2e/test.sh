@@ -21,6 +21,7 @@ family "cross build" make --no-print-directory cross
 family "onnx runtime" make --no-print-directory onnxruntime
 export LONGSHORE_REQUIRE_ORT=1
 family "unit and protocol tests" tests 15m $(go list ./... | grep -vE '/internal/kube$|/e2e$')
+family "ten thousand histories of the protocol" go test -count=1 -timeout 10m ./sync/simtest
 family "control plane build" make --no-print-directory controlplane
 family "kubernetes tests" tests 15m ./cloudhub/internal/kube
 family "end-to-end tests" tests 20m ./e2e

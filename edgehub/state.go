@@ -43,7 +43,7 @@ func (d stateDir) open() (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("state folder %s %w by process %s: an agent runs already; stop it first, or set another state folder (--state)",
 			d, errInUse, strings.TrimSpace(string(pid))), f.Close())
 	}
-	if err := f.Truncate(0); err == nil {
+	if err = f.Truncate(0); err == nil {
 		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
 	}
 	if err != nil {

@@ -273,7 +273,7 @@ func TestQueueIsBounded(t *testing.T) {
 	}
 	// The hub can't write any more: its counters stand still while most is unsent.
 	var last int64 = -1
-	for still := 0; still < 20; time.Sleep(10 * time.Millisecond) {
+	for still := 0; still < 20; <-time.After(10 * time.Millisecond) {
 		now := b.Stats().BytesOut
 		if now == last {
 			still++

@@ -46,7 +46,7 @@ func (m *meter) Read(p []byte) (int, error) {
 func (m *meter) Write(p []byte) (int, error) {
 	done := 0
 	for done < len(p) {
-		if err := m.Conn.SetWriteDeadline(time.Now().Add(m.stall)); err != nil {
+		if err := m.SetWriteDeadline(time.Now().Add(m.stall)); err != nil {
 			return done, err
 		}
 		n, err := m.Conn.Write(p[done:min(len(p), done+writeChunk)])
@@ -139,9 +139,10 @@ func dialWebSocket(ctx context.Context, u *url.URL, cfg *tls.Config, stall time.
 			return m, nil
 		},
 	}
-	ws, _, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{
-		HTTPClient: &http.Client{Transport: ht}, Subprotocols: []string{"mqtt"}, CompressionMode: websocket.CompressionDisabled,
-	})
+	ws, _, err := websocket.Dial( //nolint:bodyclose // the library closes it: "You never need to close resp.Body yourself"
+		ctx, u.String(), &websocket.DialOptions{
+			HTTPClient: &http.Client{Transport: ht}, Subprotocols: []string{"mqtt"}, CompressionMode: websocket.CompressionDisabled,
+		})
 	if err != nil {
 		return nil, err
 	}

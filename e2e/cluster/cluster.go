@@ -158,11 +158,11 @@ func (c *Cluster) start(ctx context.Context) error {
 }
 
 func (p *process) kill() error {
-	p.stdin.Close()
+	_ = p.stdin.Close()
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
-	<-p.ended
+	<-p.ended //nolint:errcheck // that it was killed is no news
 	return nil
 }
 

@@ -376,7 +376,9 @@ func (d *demo) sumUp(ctx context.Context) error {
 		total.Duplicates += s.Duplicates
 		balanced = balanced && s.Balanced()
 	}
-	t.Flush()
+	if err := t.Flush(); err != nil {
+		return err
+	}
 	d.console.lines("", text.String())
 	if !balanced {
 		return errors.New("the sum does not hold")

@@ -19,16 +19,16 @@ func main() {
 	kube := flag.Bool("kube", false, "use a real Kubernetes API server and kubectl instead of a folder of YAML")
 	bin := flag.String("bin", "bin", "`folder` of the built commands")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
 	d := &demo{console: newConsole(os.Stdout), kube: *kube, keep: os.Getenv("KEEP") != ""}
-	if err := d.run(ctx, *bin); err != nil {
+	if err := d.run(*bin); err != nil {
 		d.console.fail(err)
 		os.Exit(1)
 	}
 }
 
-func (d *demo) run(ctx context.Context, bin string) (err error) {
+func (d *demo) run(bin string) (err error) {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
 	dir, err := os.MkdirTemp("", "ls-")
 	if err != nil {
 		return err

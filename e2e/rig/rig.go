@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -73,10 +74,14 @@ func NewHub(bin Bin, dir string) (*Hub, error) {
 	return h, err
 }
 
-// Manifests is the watched folder, Models the folder of model files, Data the hub's own.
+// Manifests is the watched folder.
 func (h *Hub) Manifests() string { return filepath.Join(h.Dir, "manifests") }
-func (h *Hub) Models() string    { return filepath.Join(h.Dir, "models") }
-func (h *Hub) Data() string      { return filepath.Join(h.Dir, "data") }
+
+// Models is the folder of model files.
+func (h *Hub) Models() string { return filepath.Join(h.Dir, "models") }
+
+// Data is the hub's own folder.
+func (h *Hub) Data() string { return filepath.Join(h.Dir, "data") }
 
 // Start runs the hub and waits until it is ready.
 func (h *Hub) Start(ctx context.Context) error {
@@ -167,15 +172,17 @@ http:
 	return e, os.WriteFile(e.Config(), []byte(config), 0o600)
 }
 
-// Config is the path of the configuration, State the state folder.
+// Config is the path of the configuration.
 func (e *Edge) Config() string { return filepath.Join(e.Dir, "edgehub.yaml") }
-func (e *Edge) State() string  { return filepath.Join(e.Dir, "state") }
+
+// State is the state folder.
+func (e *Edge) State() string { return filepath.Join(e.Dir, "state") }
 
 // Start runs the edge and waits until it is alive (with or without a link). prefix precedes the command, such as
 // "ip netns exec N".
 func (e *Edge) Start(ctx context.Context, prefix ...string) error {
 	var err error
-	argv := append(prefix, e.Bin.Path("edgehub"), "run", "--config", e.Config())
+	argv := append(slices.Clip(prefix), e.Bin.Path("edgehub"), "run", "--config", e.Config())
 	if e.Process, err = Start(e.Dir, "edgehub-"+e.Name, e.Env, argv...); err != nil {
 		return err
 	}

@@ -158,7 +158,7 @@ func (s *stage) load(e *edge, epoch [16]byte, stream string) (*account, error) {
 	}
 	a := &account{place: place{e.name, stream, ordinal}, epoch: epoch, Account: new(inbox.Account)}
 	err = s.get(a.prefix(keyAccount), func(v []byte) (err error) {
-		_, a.Account, err = decodeAccount(v)
+		a.Account, err = decodeAccount(v)
 		return err
 	})
 	return a, err

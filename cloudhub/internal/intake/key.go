@@ -142,13 +142,13 @@ func (a *account) encode() ([]byte, error) {
 	return append(a.epoch[:len(a.epoch):len(a.epoch)], b...), err
 }
 
-func decodeAccount(b []byte) (epoch [16]byte, a *inbox.Account, err error) {
+func decodeAccount(b []byte) (*inbox.Account, error) {
 	if len(b) < 16 {
-		return epoch, nil, errDamaged
+		return nil, errDamaged
 	}
-	a = new(inbox.Account)
+	a := new(inbox.Account)
 	if err := a.UnmarshalBinary(b[16:]); err != nil {
-		return epoch, nil, fmt.Errorf("%w: %w", errDamaged, err)
+		return nil, fmt.Errorf("%w: %w", errDamaged, err)
 	}
-	return [16]byte(b), a, nil
+	return a, nil
 }

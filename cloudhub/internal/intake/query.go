@@ -190,7 +190,7 @@ func (i *Intake) Ledger(ctx context.Context, q Query) ([]Sum, []LedgerEntry, err
 	var sums []Sum
 	err = i.scan(ctx, q, keyAccount, func(*badger.Txn) func(place, uint64, []byte) error {
 		return func(p place, _ uint64, v []byte) error {
-			_, a, err := decodeAccount(v)
+			a, err := decodeAccount(v)
 			if err != nil {
 				return err
 			}

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"sync"
 )
 
@@ -45,7 +46,7 @@ func (f *flights[T]) do(ctx context.Context, key string, fetch func(context.Cont
 			return none, ctx.Err()
 		}
 		// That the one who led gave up is no answer to us.
-		gaveUp := mine.err == context.Canceled || mine.err == context.DeadlineExceeded
+		gaveUp := errors.Is(mine.err, context.Canceled) || errors.Is(mine.err, context.DeadlineExceeded)
 		if !gaveUp || ctx.Err() != nil {
 			return mine.answer, mine.err
 		}

@@ -225,7 +225,7 @@ func (s *slowServer) lists() int {
 type heldBody struct {
 	io.ReadCloser
 	server  *slowServer
-	request context.Context
+	request context.Context //nolint:containedctx // as http.Request keeps it
 }
 
 func (b *heldBody) Read(p []byte) (int, error) {

@@ -172,7 +172,7 @@ func (s *Source) judge(ctx context.Context, name string) error {
 	edge := s.edges.get(name)
 	is, known := s.pods.host(name)
 	wanted := edge != nil && edge.Spec.Pods
-	if wanted && !(known && is) && s.nodes.get(name) == nil {
+	if wanted && (!known || !is) && s.nodes.get(name) == nil {
 		node, err := s.clients.core.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
 		if err != nil && !apierrors.IsNotFound(err) {
 			return fmt.Errorf("look for a Node of the edge's name: %w", err)

@@ -137,7 +137,7 @@ func TestDeploymentOnAnEdge(t *testing.T) {
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("%v", err)
+		return err
 	})
 }
 
@@ -197,7 +197,7 @@ func TestForcedDeleteAndSamePodNameAgain(t *testing.T) {
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("%v", err)
+		return err
 	})
 }
 

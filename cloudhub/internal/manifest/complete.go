@@ -172,7 +172,7 @@ func checkVariant(v v1alpha1.ModelVariant) (field string, err error) {
 	}
 	uri := v.Source.URI
 	if !strings.HasPrefix(uri, "http://") && !strings.HasPrefix(uri, "https://") && !strings.HasPrefix(uri, "file:") {
-		return "source.uri", fmt.Errorf("%q must begin with http://, https:// or file:", uri)
+		return "source.uri", fmt.Errorf("want an address such as http://…, https://… or file:…, got %q", uri)
 	}
 	if !digestPattern.MatchString(v.Digest) {
 		return "digest", fmt.Errorf("%q must be sha256: and 64 lower-case hexadecimal digits (sha256sum prints them)", v.Digest)

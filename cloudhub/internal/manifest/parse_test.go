@@ -66,7 +66,7 @@ func TestBadManifestsNameLineAndReason(t *testing.T) {
 		{"model digest", strings.Replace(goodModel, "sha256:0", "sha256:X", 1), 13, "digest"},
 		{"model size", strings.Replace(goodModel, "sizeBytes: 10", "sizeBytes: -1", 1), 14, "sizeBytes"},
 		{"model format", strings.Replace(goodModel, "onnx\n", "gguf\n", 1), 11, `"gguf" must be one of`},
-		{"model uri", strings.Replace(goodModel, "file:bearing.onnx", "ftp://x/y", 1), 12, "must begin with"},
+		{"model uri", strings.Replace(goodModel, "file:bearing.onnx", "ftp://x/y", 1), 12, "want an address such as"},
 		{"model filter", strings.Replace(goodModel, "sensors/+/vibration", "sensors/#/x", 1), 16, "'#' may only be"},
 		{"model binding", strings.Replace(goodModel, "    output: results/{1}\n    stream: faults\n", "", 1), 16, "needs an output topic or a stream"},
 		{"model version", strings.Replace(goodModel, `version: "1"`, `version: "../1"`, 1), 7, "spec.version"},

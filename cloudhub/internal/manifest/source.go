@@ -148,7 +148,7 @@ func (s *Source) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("watch %s: %w", s.cfg.Dir, err)
 	}
-	defer w.Close()
+	defer func() { _ = w.Close() }()
 	var timer <-chan time.Time
 	s.scan(w)
 	close(s.loaded)

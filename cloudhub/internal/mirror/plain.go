@@ -87,7 +87,9 @@ func (s *sender) plan(subscribed []string) error {
 		case matchAny(p.filters, name):
 			p.waiting[name] = true
 		case matchAny(subscribed, name) && (!known || old != sha256.Sum256(payload)):
-			p.waiting[name] = p.waiting[name]
+			if _, there := p.waiting[name]; !there {
+				p.waiting[name] = false
+			}
 		}
 	}
 	for name := range p.waiting {

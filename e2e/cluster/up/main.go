@@ -17,15 +17,15 @@ func main() {
 	dir := flag.String("dir", "", "folder for the data, kept for the next start (default: a temporary one, removed at the end)")
 	build := flag.Bool("build", false, "only build the control plane into the cache")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, *dir, *build); err != nil {
+	if err := run(*dir, *build); err != nil {
 		fmt.Fprintln(os.Stderr, "up:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, dir string, build bool) error {
+func run(dir string, build bool) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
 	if build {
 		_, err := cluster.Binary(ctx, os.Stderr)
 		return err
