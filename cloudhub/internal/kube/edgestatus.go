@@ -24,6 +24,8 @@ const (
 const (
 	// contactEvery is how often an Edge's status is written when nothing but numbers and times changed.
 	contactEvery = time.Minute
+	// drainedAfter is how soon after the last write it is told that an edge holds no records any more.
+	drainedAfter = 5 * time.Second
 	// staleAfter is when a status that says Online is no longer believed: its hub is gone.
 	staleAfter = 3 * contactEvery
 	// minStatusPause is the least time between two writes of one Edge's status.
@@ -127,7 +129,8 @@ func modelState(s longshorepb.ModelState) string {
 }
 
 // writeAfter returns after what time next is due in place of now's status: 0 for at once, negative for never. Numbers and
-// times alone wait until the last contact that is written is a minute old.
+// times alone wait until the last contact that is written is a minute old; only that a backlog is gone, which people wait
+// for, is told within seconds.
 func writeAfter(have, next *v1alpha1.EdgeStatus, now time.Time) time.Duration {
 	if equality.Semantic.DeepEqual(have, next) {
 		if next.Link == linkOnline {
@@ -140,7 +143,11 @@ func writeAfter(have, next *v1alpha1.EdgeStatus, now time.Time) time.Duration {
 	if have.LastContact == nil || !equality.Semantic.DeepEqual(have, quiet) {
 		return 0
 	}
-	return max(0, have.LastContact.Add(contactEvery).Sub(now))
+	every := contactEvery
+	if have.BacklogRecords > 0 && next.BacklogRecords == 0 {
+		every = drainedAfter
+	}
+	return max(0, have.LastContact.Add(every).Sub(now))
 }
 
 // shorten cuts a text from an edge at a character's boundary.

@@ -103,7 +103,7 @@ func TestNamespacesOptIn(t *testing.T) {
 	h.expect(t, "opt-1", "POD opt/pod", closed)
 }
 
-// G7 and the issue's own words: a status-only change in Kubernetes sends nothing. Otherwise every heartbeat of every pod would
+// G7: a status-only change in Kubernetes sends nothing. Otherwise every heartbeat of every pod would
 // cross the slow links.
 func TestStatusPatchesReachNoEdge(t *testing.T) {
 	ctx := context.Background()

@@ -65,6 +65,8 @@ func TestWriteAfter(t *testing.T) {
 	have := v1alpha1.EdgeStatus{Link: linkOnline, LastContact: &metav1.Time{Time: now.Add(-20 * time.Second)}}
 	offline := v1alpha1.EdgeStatus{Link: linkOffline, LastContact: have.LastContact}
 	numbers, synced := have, have
+	behind := have
+	behind.BacklogRecords = 9
 	numbers.Sequence, numbers.BacklogRecords = 7, 7
 	synced.Synced = true
 	for name, c := range map[string]struct {
@@ -73,6 +75,7 @@ func TestWriteAfter(t *testing.T) {
 	}{
 		"a change":                 {have, synced, 0},
 		"numbers":                  {have, numbers, 40 * time.Second},
+		"the backlog is gone":      {behind, v1alpha1.EdgeStatus{Link: linkOnline, Sequence: 8, LastContact: &metav1.Time{Time: now}}, 0},
 		"nothing, online":          {have, have, contactEvery},
 		"nothing, offline":         {offline, offline, -1},
 		"first contact":            {v1alpha1.EdgeStatus{}, have, 0},
