@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -215,7 +216,9 @@ func (s *hollowSession) execute(ctx context.Context, a desired.EdgeAction) error
 // report tells the hub which list is held; the pods it names are said to run.
 func (s *hollowSession) report(ctx context.Context) error {
 	s.sequence++
-	r := &longshorepb.Reported{Session: s.session, Sequence: s.sequence, Reset_: true, Complete: true}
+	r := &longshorepb.Reported{Session: s.session, Sequence: s.sequence, Reset_: true, Complete: true, Node: &longshorepb.NodeReport{
+		Hostname: s.name, Os: runtime.GOOS, Architecture: runtime.GOARCH, CpuMillis: 4000, MemoryBytes: 8 << 30, MaxPods: 110, Runtime: "hollow",
+	}}
 	if list, _ := s.held(); list != nil {
 		r.List = list.Digest[:]
 		for _, e := range podEntries(list) {
