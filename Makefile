@@ -13,7 +13,7 @@ LINT     := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.
 
 export LONGSHORE_CACHE ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/longshore
 
-.PHONY: build bin demo demo-kube test lint vet generate check-generated cross onnxruntime controlplane tools bench clean help
+.PHONY: build bin demo demo-kube test soak lint vet generate check-generated cross onnxruntime controlplane tools bench clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ demo-kube: bin onnxruntime controlplane ## the same against a real API server
 
 test: ## every check and test; installs what they need
 	@e2e/test.sh
+
+soak: ## faults under load for DURATION (30m); prints what it costs every minute, and a summary. SEED repeats one
+	@DURATION=$(or $(DURATION),30m) go test -count=1 -timeout 0 ./e2e/fault -run KillsUnderLoad
 
 onnxruntime: ## get the ONNX Runtime library (through npm) into the cache
 	@edgehub/worker/get-onnxruntime.sh

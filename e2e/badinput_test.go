@@ -15,14 +15,15 @@ import (
 	"github.com/longshore-edge/longshore/e2e/bearing"
 	"github.com/longshore-edge/longshore/e2e/bearing/sensor"
 	"github.com/longshore-edge/longshore/e2e/rig"
+	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
 )
 
 // model writes a model file into the hub's folder and returns the manifest of that version.
-func (s *site) model(version string, content []byte) string {
-	s.t.Helper()
+func model(t *testing.T, s *rigtest.Site, version string, content []byte) string {
+	t.Helper()
 	name := "bearing-" + version + ".onnx"
-	if err := os.WriteFile(filepath.Join(s.hub.Models(), name), content, 0o644); err != nil {
-		s.t.Fatal(err)
+	if err := os.WriteFile(filepath.Join(s.Hub.Models(), name), content, 0o644); err != nil {
+		t.Fatal(err)
 	}
 	return fmt.Sprintf(`apiVersion: longshore.dev/v1alpha1
 kind: Model
@@ -66,33 +67,33 @@ func serves(ctx context.Context, e *rig.Edge, version, state string) error {
 // A model file that is broken although its digest is right must cost nobody the version that works, and the cloud must say
 // so; a payload that the model cannot take must cost its sender an error and nobody else anything.
 func TestBadModelsAndPayloadsDisturbNothing(t *testing.T) {
-	s := newSite(t)
-	s.startHub()
-	s.write("model.yaml", s.model("1", bearingModel(t, "1")))
-	e := s.edge("dock-1", "streams:\n- name: faults\n")
-	s.start(e)
-	eventually(t, "version 1 serves", func() error { return serves(t.Context(), e, "1", "Serving") })
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	s.Write("model.yaml", model(t, s, "1", bearingModel(t, "1")))
+	e := s.Edge("dock-1", "streams:\n- name: faults\n")
+	s.Start(e)
+	rigtest.Eventually(t, "version 1 serves", func() error { return serves(t.Context(), e, "1", "Serving") })
 
 	whole := bearingModel(t, "2")
 	corrupt := whole[:len(whole)/2] // as after a copy that was cut off
-	s.write("model.yaml", s.model("2", corrupt))
-	eventually(t, "the corrupt version failed and version 1 serves on", func() error { return serves(t.Context(), e, "1", "Failed") })
-	eventually(t, "the cloud shows the failure", func() error {
-		edges, err := s.hub.Edges(t.Context())
+	s.Write("model.yaml", model(t, s, "2", corrupt))
+	rigtest.Eventually(t, "the corrupt version failed and version 1 serves on", func() error { return serves(t.Context(), e, "1", "Failed") })
+	rigtest.Eventually(t, "the cloud shows the failure", func() error {
+		edges, err := s.Hub.Edges(t.Context())
 		if models := edges["dock-1"].Models; err == nil && (len(models) != 1 || models[0].State != "Failed" || models[0].ServingVersion != "1" || models[0].Message == "") {
 			err = fmt.Errorf("got %+v", models)
 		}
 		return err
 	})
 
-	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	ctx, cancel := context.WithTimeout(t.Context(), rigtest.Soon)
 	defer cancel()
 	verdicts := make(chan string, 1)
 	go func() {
-		out, _ := mosquitto(ctx, t, e.Broker, "mosquitto_sub", "-t", "machines/+/verdict", "-t", "machines/+/verdict/error", "-F", "%t %p", "-C", "4", "-W", "60")
+		out, _ := rigtest.Mosquitto(ctx, t, e.Broker, "mosquitto_sub", "-t", "machines/+/verdict", "-t", "machines/+/verdict/error", "-F", "%t %p", "-C", "4", "-W", "60")
 		verdicts <- out
 	}()
-	eventually(t, "the subscriber is there", func() error {
+	rigtest.Eventually(t, "the subscriber is there", func() error {
 		b, err := rig.Get(ctx, "http://"+e.HTTP+"/status")
 		var st struct{ Devices struct{ Connections int } }
 		if err == nil {
@@ -126,44 +127,44 @@ func TestBadModelsAndPayloadsDisturbNothing(t *testing.T) {
 		t.Error("after bad payloads:", err)
 	}
 
-	s.write("model.yaml", s.model("2b", bearingModel(t, "2")))
-	eventually(t, "a mended version takes over", func() error { return serves(t.Context(), e, "2b", "Serving") })
+	s.Write("model.yaml", model(t, s, "2b", bearingModel(t, "2")))
+	rigtest.Eventually(t, "a mended version takes over", func() error { return serves(t.Context(), e, "2b", "Serving") })
 }
 
 // A mistake in one manifest, or an object too large to mirror, must be told with file, line and reason, and must not touch
 // what other files say.
 func TestBadManifestsDisturbNothing(t *testing.T) {
-	s := newSite(t)
-	s.startHub()
-	e := s.edge("dock-1", "")
-	s.start(e)
-	s.write("good.yaml", podManifest("good", "dock-1", "v1"))
-	eventually(t, "the good pod", func() error { return s.holds(e, true, "good") })
-	s.write("good.yaml", strings.Replace(podManifest("good", "dock-1", "v2"), "image:", "imagee:", 1))
-	s.write("syntax.yaml", "kind: [\n")
-	s.write("kind.yaml", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n")
-	s.write("nodeless.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: a, image: b}]}\n")
-	s.write("huge.yaml", "apiVersion: v1\nkind: Pod\nmetadata:\n  name: huge\n  annotations: {a: \""+strings.Repeat("x", 5<<20)+"\"}\nspec:\n  nodeName: dock-1\n  containers: [{name: a, image: b}]\n")
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	e := s.Edge("dock-1", "")
+	s.Start(e)
+	s.Write("good.yaml", rigtest.PodManifest("good", "dock-1", "v1"))
+	rigtest.Eventually(t, "the good pod", func() error { return s.Holds(e, true, "good") })
+	s.Write("good.yaml", strings.Replace(rigtest.PodManifest("good", "dock-1", "v2"), "image:", "imagee:", 1))
+	s.Write("syntax.yaml", "kind: [\n")
+	s.Write("kind.yaml", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n")
+	s.Write("nodeless.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: a, image: b}]}\n")
+	s.Write("huge.yaml", "apiVersion: v1\nkind: Pod\nmetadata:\n  name: huge\n  annotations: {a: \""+strings.Repeat("x", 5<<20)+"\"}\nspec:\n  nodeName: dock-1\n  containers: [{name: a, image: b}]\n")
 	for _, want := range []string{"file=good.yaml line=8 ", "unknown field", "file=syntax.yaml line=1 ", "malformed YAML", "file=kind.yaml line=2 ", "file=nodeless.yaml line=4 ", "nodeName", "name=huge "} {
-		eventually(t, "the log says "+want, func() error {
-			b, err := os.ReadFile(s.hub.Log)
+		rigtest.Eventually(t, "the log says "+want, func() error {
+			b, err := os.ReadFile(s.Hub.Log)
 			if err == nil && !strings.Contains(string(b), want) {
-				err = fmt.Errorf("it ends with %s", s.hub.Tail(5))
+				err = fmt.Errorf("it ends with %s", s.Hub.Tail(5))
 			}
 			return err
 		})
 	}
-	s.write("next.yaml", podManifest("next", "dock-1", "v1"))
-	eventually(t, "other files go on", func() error { return s.holds(e, true, "good", "next") })
+	s.Write("next.yaml", rigtest.PodManifest("next", "dock-1", "v1"))
+	rigtest.Eventually(t, "other files go on", func() error { return s.Holds(e, true, "good", "next") })
 }
 
 // A device on the edge's broker must not reach Longshore's own topics, nor fall over the agent with hostile packets.
 func TestHostileDevicesDisturbNothing(t *testing.T) {
-	s := newSite(t)
-	s.startHub()
-	e := s.edge("dock-1", readings)
-	s.start(e)
-	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	e := s.Edge("dock-1", rigtest.Readings)
+	s.Start(e)
+	ctx, cancel := context.WithTimeout(t.Context(), rigtest.Soon)
 	defer cancel()
 	for name, raw := range map[string][]byte{
 		"nothing but noise":        {0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
@@ -177,7 +178,7 @@ func TestHostileDevicesDisturbNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, _ = c.Write(raw)
-		_ = c.SetReadDeadline(time.Now().Add(soon))
+		_ = c.SetReadDeadline(time.Now().Add(rigtest.Soon))
 		n, err := c.Read(make([]byte, 64))
 		if isTimeout(err) || n > 4 {
 			t.Errorf("%s was not refused: read %d, %v", name, n, err)
@@ -190,7 +191,7 @@ func TestHostileDevicesDisturbNothing(t *testing.T) {
 		try, done := context.WithTimeout(ctx, 2*time.Second)
 		_, err := d.Publish(try, name, []byte("forged"))
 		done()
-		if out, _ := mosquitto(ctx, t, e.Broker, "mosquitto_sub", "-t", name, "-W", "1", "-v"); strings.Contains(out, "forged") {
+		if out, _ := rigtest.Mosquitto(ctx, t, e.Broker, "mosquitto_sub", "-t", name, "-W", "1", "-v"); strings.Contains(out, "forged") {
 			t.Errorf("%s reached subscribers (publish: %v)", name, err)
 		}
 		d.Close()
@@ -198,8 +199,8 @@ func TestHostileDevicesDisturbNothing(t *testing.T) {
 	if _, err := d.Publish(ctx, "sensors/a", []byte("1")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "readings go on to the cloud", func() error { return s.drained(e, "readings") })
-	if records, err := s.hub.Records(ctx, "dock-1", "readings"); err != nil || len(records) != 1 {
+	rigtest.Eventually(t, "readings go on to the cloud", func() error { return s.Drained(e, "readings") })
+	if records, err := s.Hub.Records(ctx, "dock-1", "readings"); err != nil || len(records) != 1 {
 		t.Errorf("%d records, %v; want the one reading", len(records), err)
 	}
 }

@@ -1,26 +1,26 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
 )
 
 // G4: anybody who can reach the door must not be able to eat the hub's memory before saying who they are: a header that
 // announces 256 MiB costs nothing, five hundred times.
 func TestG4HugeConnectHeadersCostNothing(t *testing.T) {
-	s := newSite(t)
-	s.startHub()
-	before := rss(t, s.hub.PID())
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	before := rss(t, s.Hub.PID())
 	conns := make([]net.Conn, 0, 500)
 	defer func() {
 		for _, c := range conns {
@@ -28,7 +28,7 @@ func TestG4HugeConnectHeadersCostNothing(t *testing.T) {
 		}
 	}()
 	for range 500 {
-		c, err := net.DialTimeout("tcp", s.hub.MQTT, 5*time.Second)
+		c, err := net.DialTimeout("tcp", s.Hub.MQTT, 5*time.Second)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -38,17 +38,17 @@ func TestG4HugeConnectHeadersCostNothing(t *testing.T) {
 		}
 	}
 	for i, c := range conns {
-		_ = c.SetReadDeadline(time.Now().Add(soon))
+		_ = c.SetReadDeadline(time.Now().Add(rigtest.Soon))
 		if b, err := io.ReadAll(c); len(b) > 0 || isTimeout(err) {
 			t.Fatalf("connection %d was not refused: read %x, %v", i, b, err)
 		}
 	}
 	// One such packet believed would already be 256 MiB.
-	if grown := rss(t, s.hub.PID()) - before; grown > 64<<20 {
+	if grown := rss(t, s.Hub.PID()) - before; grown > 64<<20 {
 		t.Errorf("the hub's memory grew by %d MiB", grown>>20)
 	}
-	s.write("good.yaml", "apiVersion: longshore.dev/v1alpha1\nkind: Edge\nmetadata: {name: still-here}\n")
-	eventually(t, "the hub goes on", func() error { return s.knows("still-here") })
+	s.Write("good.yaml", "apiVersion: longshore.dev/v1alpha1\nkind: Edge\nmetadata: {name: still-here}\n")
+	rigtest.Eventually(t, "the hub goes on", func() error { return s.Knows("still-here") })
 }
 
 func isTimeout(err error) bool {
@@ -70,24 +70,10 @@ func rss(t *testing.T, pid int) int64 {
 	return pages * int64(os.Getpagesize())
 }
 
-// mosquitto runs one of mosquitto's clients and returns what it printed.
-func mosquitto(ctx context.Context, t *testing.T, address, command string, args ...string) (string, error) {
-	t.Helper()
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, need(t, command), append([]string{"-h", host, "-p", port}, args...)...)
-	cmd.Stdout, cmd.Stderr = &out, &out
-	err = cmd.Run()
-	return out.String(), err
-}
-
 // password reads an edge's token from its credential, as somebody at a terminal would.
-func password(t *testing.T, s *site, edge string) string {
+func password(t *testing.T, s *rigtest.Site, edge string) string {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join(s.hub.Dir, edge+".credential.yaml"))
+	b, err := os.ReadFile(filepath.Join(s.Hub.Dir, edge+".credential.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,23 +89,23 @@ func password(t *testing.T, s *site, edge string) string {
 // G5: a stolen box must not be a window into the others: with one edge's credential nothing of another edge is read or
 // written, by topic, wildcard, shared subscription or will.
 func TestG5ForeignTopicsAreRefused(t *testing.T) {
-	s := newSite(t)
-	s.startHub()
-	s.edge("dock-1", "")
-	s.edge("dock-2", "")
-	s.write("pod.yaml", podManifest("secret-plan", "dock-2", "v1"))
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	s.Edge("dock-1", "")
+	s.Edge("dock-2", "")
+	s.Write("pod.yaml", rigtest.PodManifest("secret-plan", "dock-2", "v1"))
 	token := password(t, s, "dock-1")
 	read := func(user, pw string, filters ...string) string {
-		ctx, cancel := context.WithTimeout(t.Context(), soon)
+		ctx, cancel := context.WithTimeout(t.Context(), rigtest.Soon)
 		defer cancel()
 		args := []string{"-u", user, "-P", pw, "-W", "2", "-v", "-i", "thief"}
 		for _, f := range filters {
 			args = append(args, "-t", f)
 		}
-		out, _ := mosquitto(ctx, t, s.hub.MQTT, "mosquitto_sub", args...)
+		out, _ := rigtest.Mosquitto(ctx, t, s.Hub.MQTT, "mosquitto_sub", args...)
 		return out
 	}
-	eventually(t, "the owner reads its own", func() error {
+	rigtest.Eventually(t, "the owner reads its own", func() error {
 		out := read("dock-2", password(t, s, "dock-2"), "longshore/v1/nodes/dock-2/plain/#")
 		if !strings.Contains(out, "secret-plan") {
 			return fmt.Errorf("got %q", out)
@@ -138,20 +124,16 @@ func TestG5ForeignTopicsAreRefused(t *testing.T) {
 	if out := read("dock-2", token, "longshore/v1/nodes/dock-2/plain/#"); strings.Contains(out, "secret-plan") {
 		t.Error("dock-1's token was taken for dock-2")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	ctx, cancel := context.WithTimeout(t.Context(), rigtest.Soon)
 	defer cancel()
-	if out, err := mosquitto(ctx, t, s.hub.MQTT, "mosquitto_sub", "-u", "dock-1", "-P", token, "-W", "2", "-t", "longshore/v1/nodes/dock-1/plain/index",
+	if out, err := rigtest.Mosquitto(ctx, t, s.Hub.MQTT, "mosquitto_sub", "-u", "dock-1", "-P", token, "-W", "2", "-t", "longshore/v1/nodes/dock-1/plain/index",
 		"--will-topic", "longshore/v1/nodes/dock-2/reported", "--will-payload", "x"); err == nil {
 		t.Errorf("a will on a foreign topic was accepted: %s", out)
 	}
 	for _, name := range []string{"longshore/v1/nodes/dock-2/hello", "longshore/v1/nodes/dock-2/reported", "longshore/v1/nodes/dock-2/telemetry", "longshore/v1/nodes/dock-2/plain/index", "anything"} {
-		_, _ = mosquitto(ctx, t, s.hub.MQTT, "mosquitto_pub", "-u", "dock-1", "-P", token, "-t", name, "-m", "forged", "-q", "1")
+		_, _ = rigtest.Mosquitto(ctx, t, s.Hub.MQTT, "mosquitto_pub", "-u", "dock-1", "-P", token, "-t", name, "-m", "forged", "-q", "1")
 	}
 	if out := read("dock-2", password(t, s, "dock-2"), "longshore/v1/nodes/dock-2/plain/#"); strings.Contains(out, "forged") || !strings.Contains(out, "secret-plan") {
 		t.Errorf("after forged publishes dock-2 reads %q", out)
 	}
-}
-
-func podManifest(name, edge, tag string) string {
-	return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\nspec:\n  nodeName: %s\n  containers:\n  - name: main\n    image: example.com/app:%s\n", name, edge, tag)
 }

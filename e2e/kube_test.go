@@ -15,6 +15,7 @@ import (
 
 	"github.com/longshore-edge/longshore/e2e/cluster"
 	"github.com/longshore-edge/longshore/e2e/rig"
+	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
 )
 
 // kubectl runs kubectl as the cluster's administrator.
@@ -24,9 +25,9 @@ type kubectl struct {
 }
 
 func (k kubectl) try(stdin string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(k.t.Context(), soon)
+	ctx, cancel := context.WithTimeout(k.t.Context(), rigtest.Soon)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, need(k.t, "kubectl"), append([]string{"--kubeconfig", k.kubeconfig}, args...)...)
+	cmd := exec.CommandContext(ctx, rigtest.Need(k.t, "kubectl"), append([]string{"--kubeconfig", k.kubeconfig}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var errs strings.Builder
 	cmd.Stderr = &errs
@@ -136,22 +137,22 @@ func TestG1G6G7Kubernetes(t *testing.T) {
 	k.do("", "wait", "--for=condition=Established", "crd/edges.longshore.dev", "crd/models.longshore.dev")
 	k.do("", "apply", "-f", "../deploy/namespace.yaml", "-f", "../deploy/rbac.yaml")
 
-	s := newSite(t)
+	s := rigtest.NewSite(t, bin)
 	api, err := rig.NewLink(k.server())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(api.Close)
-	s.hub.Kubeconfig = k.hubKubeconfig(api)
-	s.hub.Args = []string{"--hub-name", "hub-1"}
+	s.Hub.Kubeconfig = k.hubKubeconfig(api)
+	s.Hub.Args = []string{"--hub-name", "hub-1"}
 	k.do("apiVersion: longshore.dev/v1alpha1\nkind: Edge\nmetadata: {name: dock-1}\nspec: {pods: true}\n", "apply", "-f", "-")
-	s.startHub()
-	e := s.edge("dock-1", "")
-	s.start(e)
+	s.StartHub()
+	e := s.Edge("dock-1", "")
+	s.Start(e)
 
 	k.do(deployment, "apply", "-f", "-")
-	eventually(t, "the scheduler places the Deployment's pods on the edge", func() error { return k.equal(e, 2) })
-	eventually(t, "kubectl shows the pods waiting for a runtime", func() error {
+	rigtest.Eventually(t, "the scheduler places the Deployment's pods on the edge", func() error { return k.equal(e, 2) })
+	rigtest.Eventually(t, "kubectl shows the pods waiting for a runtime", func() error {
 		out, err := k.try("", "get", "pods", "-l", "app=web")
 		if err == nil && strings.Count(out, "NoRuntime") != 2 {
 			err = fmt.Errorf("%s", out)
@@ -162,7 +163,7 @@ func TestG1G6G7Kubernetes(t *testing.T) {
 	k.do("", "set", "image", "deployment/web", "web=example.com/web:2")
 	// The new pods never become ready without a runtime, so the rollout keeps old and new ones; the rest is deleted by hand.
 	k.do("", "scale", "deployment/web", "--replicas=1")
-	eventually(t, "deleted pods leave once the edge has let them go", func() error {
+	rigtest.Eventually(t, "deleted pods leave once the edge has let them go", func() error {
 		uids, err := k.podUIDs("dock-1")
 		if err != nil {
 			return err
@@ -170,16 +171,16 @@ func TestG1G6G7Kubernetes(t *testing.T) {
 		return k.equal(e, len(uids))
 	})
 	k.do("", "delete", "deployment/web")
-	eventually(t, "nothing is left", func() error { return k.equal(e, 0) })
+	rigtest.Eventually(t, "nothing is left", func() error { return k.equal(e, 0) })
 
 	solo := func(tag string) {
 		k.do("apiVersion: v1\nkind: Pod\nmetadata: {name: solo}\nspec: {nodeName: dock-1, automountServiceAccountToken: false, containers: [{name: a, image: \"example.com/a:"+tag+"\"}]}\n", "apply", "-f", "-")
 	}
 	solo("1")
-	eventually(t, "a bare pod", func() error { return k.equal(e, 1) })
+	rigtest.Eventually(t, "a bare pod", func() error { return k.equal(e, 1) })
 	first, _ := k.podUIDs("dock-1")
-	s.cut("dock-1")
-	eventually(t, "the link is seen down", func() error {
+	s.Cut("dock-1")
+	rigtest.Eventually(t, "the link is seen down", func() error {
 		st, err := e.Status(t.Context())
 		if err == nil && st.Link.State != "down" {
 			err = fmt.Errorf("link is %s", st.Link.State)
@@ -188,8 +189,8 @@ func TestG1G6G7Kubernetes(t *testing.T) {
 	})
 	k.do("", "delete", "pod", "solo", "--force", "--grace-period=0")
 	solo("2")
-	s.restore("dock-1")
-	eventually(t, "only the pod re-created under the same name", func() error { return k.equal(e, 1) })
+	s.Restore("dock-1")
+	rigtest.Eventually(t, "only the pod re-created under the same name", func() error { return k.equal(e, 1) })
 	if second, _ := k.podUIDs("dock-1"); slices.Equal(first, second) {
 		t.Error("the pod was not re-created: the test shows nothing")
 	}
@@ -198,20 +199,20 @@ func TestG1G6G7Kubernetes(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.do("", "delete", "pod", "solo", "--wait=false")
-	eventually(t, "after a restart of the API server", func() error { return k.equal(e, 0) })
+	rigtest.Eventually(t, "after a restart of the API server", func() error { return k.equal(e, 0) })
 
-	s.hub.Kill()
+	s.Hub.Kill()
 	solo("3")
-	s.startHub()
-	eventually(t, "after kill -9 of the hub", func() error { return k.equal(e, 1) })
+	s.StartHub()
+	rigtest.Eventually(t, "after kill -9 of the hub", func() error { return k.equal(e, 1) })
 
-	s.laggingHub(k, e, solo)
+	laggingHub(s, k, e, solo)
 }
 
 // laggingHub moves the edge to a second hub that was cut off from the API server before the last changes: the edge must not be
 // taken back to what that hub knew, and must follow it once it has caught up.
-func (s *site) laggingHub(k kubectl, e *rig.Edge, solo func(tag string)) {
-	t := s.t
+func laggingHub(s *rigtest.Site, k kubectl, e *rig.Edge, solo func(tag string)) {
+	t := k.t
 	second, err := rig.NewHub(bin, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -223,21 +224,21 @@ func (s *site) laggingHub(k kubectl, e *rig.Edge, solo func(tag string)) {
 	t.Cleanup(api.Close)
 	second.Kubeconfig = k.hubKubeconfig(api)
 	// Hubs of one cluster share the enrolled edges and the signing key.
-	second.Args = []string{"--hub-name", "hub-2", "--token-file", filepath.Join(s.hub.Data(), "tokens"), "--signing-key", filepath.Join(s.hub.Data(), "signing-key.pem")}
+	second.Args = []string{"--hub-name", "hub-2", "--token-file", filepath.Join(s.Hub.Data(), "tokens"), "--signing-key", filepath.Join(s.Hub.Data(), "signing-key.pem")}
 	if err := second.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	p := second.Process
-	t.Cleanup(func() { s.end(p) })
+	s.EndWithTest(p)
 	api.Cut()
 	k.do("", "delete", "pod", "solo", "--force", "--grace-period=0")
 	solo("4")
-	eventually(t, "the first hub has the change", func() error { return k.equal(e, 1) })
+	rigtest.Eventually(t, "the first hub has the change", func() error { return k.equal(e, 1) })
 	newest, _ := k.podUIDs("dock-1")
 
-	s.links["dock-1"].Retarget(second.MQTT)
-	s.files["dock-1"].Retarget(second.HTTP)
-	eventually(t, "the edge is at the second hub", func() error {
+	s.Links["dock-1"].Retarget(second.MQTT)
+	s.Files["dock-1"].Retarget(second.HTTP)
+	rigtest.Eventually(t, "the edge is at the second hub", func() error {
 		edges, err := second.Edges(t.Context())
 		if err == nil && edges["dock-1"].Link != "Online" {
 			err = fmt.Errorf("%+v", edges["dock-1"])
@@ -251,5 +252,5 @@ func (s *site) laggingHub(k kubectl, e *rig.Edge, solo func(tag string)) {
 	api.Restore()
 	k.do("", "delete", "pod", "solo", "--force", "--grace-period=0")
 	solo("5")
-	eventually(t, "the second hub has caught up", func() error { return k.equal(e, 1) })
+	rigtest.Eventually(t, "the second hub has caught up", func() error { return k.equal(e, 1) })
 }
