@@ -22,10 +22,14 @@ const downtime = 800 * time.Millisecond
 type fleetSite struct {
 	*site
 	*herd
-	tag int // of the newest image
+	// source of the specs, for names: "folder" or "kubernetes".
+	source string
+	idle   int64 // RSS of the hub before the first edge, in KiB
+	tag    int   // of the newest image in the folder
 }
 
-// fleet measures what depends on the number of edges: change until applied, restart of the hub, memory per edge.
+// fleet measures, with the folder as source, what depends on the number of edges: change until applied, restart of the hub,
+// memory per edge.
 func fleet(ctx context.Context, b *bench) (err error) {
 	s, err := b.newSite("fleet")
 	if err != nil {
@@ -35,24 +39,36 @@ func fleet(ctx context.Context, b *bench) (err error) {
 	if err := s.hub.Start(ctx); err != nil {
 		return err
 	}
-	if err := pause(ctx, b.settle); err != nil {
-		return err
-	}
-	idle, err := rss(s.hub.PID())
-	if err != nil {
-		return err
-	}
-	b.record(figure{Name: "hub-idle", What: "RSS of a hub without edges", Unit: "MiB", Compare: "72 MB"}, float64(idle)/mib)
-	f, err := b.startFleet(ctx, s)
-	if err != nil {
-		return err
-	}
+	f := &fleetSite{site: s, herd: newHerd(ctx), source: "folder"}
 	defer func() { err = errors.Join(err, f.stop()) }()
+	if err := f.idles(ctx, b); err != nil {
+		return err
+	}
+	if err := f.populate(ctx, b); err != nil {
+		return err
+	}
 	for range b.runs {
 		if err := f.changes(ctx, b); err != nil {
 			return err
 		}
 	}
+	return f.restarts(ctx, b)
+}
+
+// idles notes the memory of the hub before there is any edge.
+func (f *fleetSite) idles(ctx context.Context, b *bench) (err error) {
+	if err := pause(ctx, b.settle); err != nil {
+		return err
+	}
+	if f.idle, err = rss(f.hub.PID()); err != nil {
+		return err
+	}
+	b.record(figure{Name: f.source + "-hub-idle", What: "RSS of a hub without edges, source " + f.source, Unit: "MiB", Compare: "72 MB"}, float64(f.idle)/mib)
+	return nil
+}
+
+// restarts kills the hub again and again, and notes its memory once it has come to rest.
+func (f *fleetSite) restarts(ctx context.Context, b *bench) error {
 	for range b.runs {
 		if err := f.restart(ctx, b); err != nil {
 			return err
@@ -60,52 +76,53 @@ func fleet(ctx context.Context, b *bench) (err error) {
 		if err := pause(ctx, b.settle); err != nil {
 			return err
 		}
-		now, err := rss(s.hub.PID())
+		now, err := rss(f.hub.PID())
 		if err != nil {
 			return err
 		}
 		b.record(figure{
-			Name: "hub-memory", What: fmt.Sprintf("hub RSS over idle per connected edge with %d pods, %s edges", fleetPods, number(float64(f.size()))),
+			Name: f.source + "-hub-memory", What: fmt.Sprintf("hub RSS over idle per connected edge with %d pods, %s edges, source %s", fleetPods, number(float64(f.size())), f.source),
 			Unit: "KiB", Reach: atMost(60), Compare: "about 0.5 MB",
-		}, float64(now-idle)/float64(f.size()))
+		}, float64(now-f.idle)/float64(f.size()))
 	}
 	return nil
 }
 
 func (f *fleetSite) size() int { return len(f.boxes) + len(f.edges) }
 
-func (b *bench) startFleet(ctx context.Context, s *site) (*fleetSite, error) {
+// populate makes the edges with their pods, and waits until all are in sync.
+func (f *fleetSite) populate(ctx context.Context, b *bench) error {
 	var names []string
 	for i := range b.hollow {
 		names = append(names, fmt.Sprintf("hollow-%04d", i))
 	}
-	edges, err := enrollHollow(ctx, s, names)
+	edges, err := enrollHollow(ctx, f.hub, names)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	f := &fleetSite{site: s}
 	for i := range b.edges {
 		names = append(names, fmt.Sprintf("dock-%d", i))
 	}
 	for _, name := range names {
 		if err := f.write(name); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	for _, name := range names[len(edges):] {
-		if _, err := s.box(ctx, name, ""); err != nil {
-			return nil, err
+		if _, err := f.box(ctx, name, ""); err != nil {
+			return err
 		}
 	}
-	f.herd = startHerd(ctx, edges)
-	err = f.herd.wait(ctx, time.Time{}, fleetPods)
-	for i := 0; err == nil && i < len(s.boxes); i++ {
-		err = s.synced(ctx, s.boxes[i], fleetPods, 0)
+	f.join(edges)
+	if err := f.wait(ctx, time.Time{}, fleetPods); err != nil {
+		return err
 	}
-	if err != nil {
-		return nil, errors.Join(err, f.stop())
+	for _, e := range f.boxes {
+		if err := f.synced(ctx, e, fleetPods, 0); err != nil {
+			return err
+		}
 	}
-	return f, nil
+	return nil
 }
 
 // write the manifest of an edge with a new image tag.
@@ -135,8 +152,8 @@ func (f *fleetSite) changes(ctx context.Context, b *bench) error {
 		name, what string
 		took       []float64
 	}{
-		{"change-full", "change in the folder → on the disk of a full edge", full},
-		{"change-hollow", "change in the folder → applied on a hollow edge", hollow},
+		{"folder-change-full", "change in the folder → on the disk of a full edge", full},
+		{"folder-change-hollow", "change in the folder → applied on a hollow edge", hollow},
 	} {
 		slices.Sort(kind.took)
 		what := fmt.Sprintf("%s, %s edges connected, %d pods each", kind.what, others, fleetPods)
@@ -194,7 +211,7 @@ func (f *fleetSite) restart(ctx context.Context, b *bench) error {
 		return err
 	}
 	ready := time.Since(begin).Seconds()
-	if err := f.herd.wait(ctx, begin, fleetPods); err != nil {
+	if err := f.wait(ctx, begin, fleetPods); err != nil {
 		return err
 	}
 	err := poll(ctx, 20*time.Millisecond, func() error {
@@ -213,12 +230,12 @@ func (f *fleetSite) restart(ctx context.Context, b *bench) error {
 		took = append(took, e.synced().Sub(begin).Seconds())
 	}
 	slices.Sort(took)
-	what := fmt.Sprintf("hub killed and back after %v, %s edges: ", downtime, number(float64(f.size())))
+	what := fmt.Sprintf("hub killed and back after %v, %s edges, source %s: ", downtime, number(float64(f.size())), f.source)
 	compare := "28.8 to 37.0 s, 41 nodes"
-	b.record(figure{Name: "restart-ready", What: what + "from the kill until the hub is ready", Unit: "s"}, ready)
-	b.record(figure{Name: "restart-p50", What: what + "until a hollow edge is in sync, median", Unit: "s", Compare: compare}, quantile(took, 0.5))
-	b.record(figure{Name: "restart-p99", What: what + "the same, p99", Unit: "s", Reach: atMost(5), Compare: compare}, quantile(took, 0.99))
-	b.record(figure{Name: "restart-all", What: what + "until the hub knows all, full edges too, to be in sync", Unit: "s", Compare: compare}, all)
+	b.record(figure{Name: f.source + "-restart-ready", What: what + "from the kill until the hub is ready", Unit: "s"}, ready)
+	b.record(figure{Name: f.source + "-restart-p50", What: what + "until a hollow edge is in sync, median", Unit: "s", Compare: compare}, quantile(took, 0.5))
+	b.record(figure{Name: f.source + "-restart-p99", What: what + "the same, p99", Unit: "s", Reach: atMost(5), Compare: compare}, quantile(took, 0.99))
+	b.record(figure{Name: f.source + "-restart-all", What: what + "until the hub knows all, full edges too, to be in sync", Unit: "s", Compare: compare}, all)
 	return nil
 }
 

@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/longshore-edge/longshore/broker/mqttconn"
+	"github.com/longshore-edge/longshore/e2e/rig"
 	"github.com/longshore-edge/longshore/proto/longshorepb"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
@@ -41,9 +42,10 @@ type hollow struct {
 	syncedAt time.Time     // of the newest session's first agreement with the hub; zero before
 }
 
-// enrollHollow adds edges to a hub's token file, as "cloudhub edges enroll" does one by one.
-func enrollHollow(ctx context.Context, s *site, names []string) ([]*hollow, error) {
-	file, err := s.hub.Enroll(ctx, "hollow")
+// enrollHollow enrolls edges: the first by the command, the others by adding lines to the hub's token file, as the command
+// does one by one.
+func enrollHollow(ctx context.Context, hub *rig.Hub, names []string) ([]*hollow, error) {
+	file, err := hub.Enroll(ctx, names[0])
 	if err != nil {
 		return nil, err
 	}
@@ -51,17 +53,16 @@ func enrollHollow(ctx context.Context, s *site, names []string) ([]*hollow, erro
 	if err != nil {
 		return nil, err
 	}
-	var credential struct{ HubKeys []string }
+	var credential struct {
+		Token   string
+		HubKeys [][]byte
+	}
 	if err := yaml.Unmarshal(b, &credential); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	var keys []ed25519.PublicKey
 	for _, k := range credential.HubKeys {
-		raw, err := base64.StdEncoding.DecodeString(k)
-		if err != nil || len(raw) != ed25519.PublicKeySize {
-			return nil, fmt.Errorf("%s: hubKeys: %q is not a key", file, k)
-		}
-		keys = append(keys, raw)
+		keys = append(keys, k)
 	}
 	var lines strings.Builder
 	edges := make([]*hollow, len(names))
@@ -70,11 +71,18 @@ func enrollHollow(ctx context.Context, s *site, names []string) ([]*hollow, erro
 		if _, err := rand.Read(secret); err != nil {
 			return nil, err
 		}
+		if i == 0 {
+			if secret, err = base64.RawURLEncoding.DecodeString(credential.Token); err != nil {
+				return nil, fmt.Errorf("%s: token: %w", file, err)
+			}
+		}
 		key := sha256.Sum256(secret)
-		fmt.Fprintf(&lines, "%s %x\n", name, key)
-		edges[i] = &hollow{name: name, token: base64.RawURLEncoding.EncodeToString(secret), key: key[:], hubKeys: keys, hub: s.hub.MQTT}
+		if i > 0 {
+			fmt.Fprintf(&lines, "%s %x\n", name, key)
+		}
+		edges[i] = &hollow{name: name, token: base64.RawURLEncoding.EncodeToString(secret), key: key[:], hubKeys: keys, hub: hub.MQTT}
 	}
-	f, err := os.OpenFile(filepath.Join(s.hub.Data(), "tokens"), os.O_APPEND|os.O_WRONLY, 0)
+	f, err := os.OpenFile(filepath.Join(hub.Data(), "tokens"), os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -267,16 +275,22 @@ type herd struct {
 	edges  []*hollow
 	cancel context.CancelFunc
 	group  *errgroup.Group
+	ctx    context.Context //nolint:containedctx // the group's, for edges that join later
 }
 
-func startHerd(ctx context.Context, edges []*hollow) *herd {
+func newHerd(ctx context.Context) *herd {
 	ctx, cancel := context.WithCancel(ctx)
 	g, ctx := errgroup.WithContext(ctx)
+	return &herd{cancel: cancel, group: g, ctx: ctx}
+}
+
+// join starts edges.
+func (h *herd) join(edges []*hollow) {
 	log := slog.New(slog.DiscardHandler)
 	for _, e := range edges {
-		g.Go(func() error { return e.run(ctx, log) })
+		h.group.Go(func() error { return e.run(h.ctx, log) })
 	}
-	return &herd{edges: edges, cancel: cancel, group: g}
+	h.edges = append(h.edges, edges...)
 }
 
 // stop ends the edges and waits for them.

@@ -29,20 +29,21 @@ const (
 
 // kubeSite is a hub at a real API server, with hollow edges.
 type kubeSite struct {
-	*site
-	*herd
+	*fleetSite
 	cluster *cluster.Cluster
 	api     *apiServer
 }
 
-// kubernetes measures what goes through a real API server, with its scheduler and controllers on the same cores.
+// kubernetes measures what goes through a real API server, with its scheduler and controllers on the same cores: first with
+// the fleet that KubeEdge was measured with, then with many edges.
 func kubernetes(ctx context.Context, b *bench) (err error) {
 	s, err := b.newSite("kubernetes")
 	if err != nil {
 		return err
 	}
 	defer s.close(&err)
-	k := &kubeSite{site: s}
+	k := &kubeSite{fleetSite: &fleetSite{site: s, herd: newHerd(ctx), source: "kubernetes"}}
+	defer func() { err = errors.Join(err, k.stop()) }()
 	if k.cluster, err = cluster.Open(ctx, s.dir, os.Stderr); err != nil {
 		return err
 	}
@@ -50,16 +51,32 @@ func kubernetes(ctx context.Context, b *bench) (err error) {
 	if err := k.prepare(ctx); err != nil {
 		return err
 	}
-	if err := k.join(ctx, kubeEdges); err != nil {
+	if err := k.idles(ctx, b); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, k.stop()) }()
+	if err := k.grow(ctx, kubeEdges); err != nil {
+		return err
+	}
 	for run := range b.runs {
 		if err := k.burst(ctx, b, fmt.Sprintf("run-%d", run)); err != nil {
 			return err
 		}
 	}
-	return nil
+	if err := k.grow(ctx, b.hollow); err != nil {
+		return err
+	}
+	if _, err := k.createPods(ctx, "fleet"); err != nil {
+		return err
+	}
+	if err := k.wait(ctx, time.Time{}, fleetPods); err != nil {
+		return err
+	}
+	for range b.runs {
+		if err := k.changes(ctx, b, "fleet"); err != nil {
+			return err
+		}
+	}
+	return k.restarts(ctx, b)
 }
 
 // prepare starts the hub on the API server.
@@ -79,7 +96,7 @@ func (k *kubeSite) prepare(ctx context.Context) (err error) {
 		{"", []string{"wait", "--for=condition=Established", "crd/edges.longshore.dev", "crd/models.longshore.dev"}},
 		{"", []string{"apply", "-f", filepath.Join("deploy", "namespace.yaml")}},
 	} {
-		cmd := exec.CommandContext(ctx, "kubectl", append([]string{"--kubeconfig", k.cluster.Kubeconfig}, c.args...)...)
+		cmd := exec.CommandContext(ctx, k.cluster.Kubectl, append([]string{"--kubeconfig", k.cluster.Kubeconfig}, c.args...)...)
 		cmd.Stdin = strings.NewReader(c.stdin)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("kubectl %v: %w: %s", c.args, err, out)
@@ -92,31 +109,32 @@ func (k *kubeSite) prepare(ctx context.Context) (err error) {
 // object is a Kubernetes object in the making.
 type object = map[string]any
 
-// join makes edges, connects them, and waits until each has a Node.
-func (k *kubeSite) join(ctx context.Context, count int) error {
-	names := make([]string, count)
-	for i := range names {
-		names[i] = fmt.Sprintf("hollow-%04d", i)
-		err := k.api.create(ctx, edgesPath, object{
-			"apiVersion": "longshore.dev/v1alpha1", "kind": "Edge", "metadata": object{"name": names[i]}, "spec": object{"pods": true},
+// grow makes edges up to a number, connects them, and waits until each has a Node.
+func (k *kubeSite) grow(ctx context.Context, count int) error {
+	var names []string
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(creators)
+	for i := len(k.edges); i < count; i++ {
+		name := fmt.Sprintf("hollow-%04d", i)
+		names = append(names, name)
+		g.Go(func() error {
+			return k.api.create(gctx, edgesPath, object{
+				"apiVersion": "longshore.dev/v1alpha1", "kind": "Edge", "metadata": object{"name": name}, "spec": object{"pods": true},
+			})
 		})
-		if err != nil {
-			return err
-		}
 	}
-	edges, err := enrollHollow(ctx, k.site, names)
+	if err := g.Wait(); err != nil || len(names) == 0 {
+		return err
+	}
+	edges, err := enrollHollow(ctx, k.hub, names)
 	if err != nil {
 		return err
 	}
-	k.herd = startHerd(ctx, edges)
-	err = k.herd.wait(ctx, time.Time{}, 0)
-	if err == nil {
-		err = poll(ctx, 200*time.Millisecond, func() error { return k.nodes(ctx, count) })
+	k.join(edges)
+	if err := k.wait(ctx, time.Time{}, 0); err != nil {
+		return err
 	}
-	if err != nil {
-		return errors.Join(err, k.stop())
-	}
-	return nil
+	return poll(ctx, 200*time.Millisecond, func() error { return k.nodes(ctx, count) })
 }
 
 // nodes says whether so many Nodes are ready, without a taint that would evict pods.
@@ -195,18 +213,10 @@ func (k *kubeSite) burst(ctx context.Context, b *bench, run string) error {
 	b.record(figure{Name: "kubernetes-writes", What: "writes per pod for delivery: all writes to pods that are neither our creates nor statuses", Unit: "writes", Reach: atMost(0), Compare: "4.2"},
 		float64(others-othersBefore-pods)/float64(pods))
 	b.record(figure{Name: "kubernetes-statuses", What: "status writes per pod, until all ran", Unit: "writes"}, float64(status-statusBefore)/float64(pods))
-	took, err := k.changes(ctx, run)
-	if err != nil {
-		return err
-	}
-	slices.Sort(took)
-	what = fmt.Sprintf("change of a pod in Kubernetes → applied on its hollow edge, %d edges connected, %d pods each", len(k.edges), fleetPods)
-	b.record(figure{Name: "kubernetes-change-p50", What: what + ", median of each run", Unit: "ms"}, quantile(took, 0.5))
-	b.record(figure{Name: "kubernetes-change-p99", What: what + ", p99 of each run", Unit: "ms", Reach: atMost(250)}, quantile(took, 0.99))
 	if err := k.api.do(ctx, http.MethodDelete, podsPath+"?gracePeriodSeconds=0", jsonType, nil, nil); err != nil {
 		return err
 	}
-	return k.herd.wait(ctx, time.Time{}, 0)
+	return k.wait(ctx, time.Time{}, 0)
 }
 
 // createPods returns when the last of them was created.
@@ -246,16 +256,18 @@ func kubePod(run, edge string, i int) object {
 
 func podName(run, edge string, i int) string { return fmt.Sprintf("app-%d-%s-%s", i, edge, run) }
 
-// changes the image of one pod of each edge, one after the other, and returns the time that each took, in milliseconds.
-func (k *kubeSite) changes(ctx context.Context, run string) ([]float64, error) {
+// changes the image of one pod of one edge after the other, and notes the time from the request until the edge has applied it.
+func (k *kubeSite) changes(ctx context.Context, b *bench, run string) error {
+	const count = 200
 	var took []float64
-	for n := range 100 {
-		e := k.edges[n%len(k.edges)]
+	for n := range count {
+		e := k.edges[n*(len(k.edges)-1)/count]
 		before, _ := e.held()
-		patch := fmt.Sprintf(`{"spec":{"containers":[{"name":"main","image":"registry.example.com/plant/app:%d"}]}}`, n+2)
+		k.tag++
+		patch := fmt.Sprintf(`{"spec":{"containers":[{"name":"main","image":"registry.example.com/plant/app:1.%d"}]}}`, k.tag)
 		begin := time.Now()
-		if err := k.api.do(ctx, http.MethodPatch, podsPath+"/"+podName(run, e.name, n/len(k.edges)), patchType, []byte(patch), nil); err != nil {
-			return nil, err
+		if err := k.api.do(ctx, http.MethodPatch, podsPath+"/"+podName(run, e.name, n%fleetPods), patchType, []byte(patch), nil); err != nil {
+			return err
 		}
 		var at time.Time
 		err := poll(ctx, 2*time.Millisecond, func() error {
@@ -267,9 +279,13 @@ func (k *kubeSite) changes(ctx context.Context, run string) ([]float64, error) {
 			return nil
 		})
 		if err != nil {
-			return nil, err
+			return err
 		}
 		took = append(took, ms(at.Sub(begin)))
 	}
-	return took, nil
+	slices.Sort(took)
+	what := fmt.Sprintf("change of a pod in Kubernetes → applied on its hollow edge, %s edges connected, %d pods each", number(float64(k.size())), fleetPods)
+	b.record(figure{Name: "kubernetes-change-p50", What: what + ", median of each run", Unit: "ms"}, quantile(took, 0.5))
+	b.record(figure{Name: "kubernetes-change-p99", What: what + ", p99 of each run", Unit: "ms", Reach: atMost(250)}, quantile(took, 0.99))
+	return nil
 }

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -59,12 +60,12 @@ func experiments() []experiment {
 	return []experiment{
 		{"readings", "600 readings in 1 s, until they are durable in the cloud", readings},
 		{"replay", "replay of a backlog: rate, memory, disk", replay},
-		{"fleet", "change until applied, restart of the hub, hub memory per edge", fleet},
+		{"fleet", "a fleet on a folder: change until applied, restart of the hub, hub memory per edge", fleet},
 		{"reconnect", "bytes of a reconnect with nothing changed", reconnect},
 		{"agent", "memory of the edge agent, sizes of the commands", agent},
 		{"inference", "inference through the edge's door against the worker directly", inference},
 		{"broker", "fan-out and fan-in against mosquitto", brokers},
-		{"kubernetes", "410 pods for 41 edges through a real API server", kubernetes},
+		{"kubernetes", "410 pods for 41 edges, then a fleet, through a real API server", kubernetes},
 	}
 }
 
@@ -75,14 +76,15 @@ func main() {
 	small := flag.Bool("quick", false, "small sizes, to see that everything works")
 	out := flag.String("o", "bench.json", "`file` for the figures, as JSON")
 	markdown := flag.String("markdown", "", "`file` whose table between the bench markers is replaced, such as docs/PERFORMANCE.md")
-	size := full()
-	flag.IntVar(&size.runs, "runs", size.runs, "how often each figure is measured")
-	flag.IntVar(&size.hollow, "hollow", size.hollow, "hollow edges in the fleet")
-	flag.IntVar(&size.records, "records", size.records, "records of the backlog")
+	runs := flag.Int("runs", 0, "how often each figure is measured (default 5)")
+	hollow := flag.Int("hollow", 0, "hollow edges of a fleet (default 1000)")
+	records := flag.Int("records", 0, "records of the backlog (default 1000000)")
 	flag.Parse()
+	size := full()
 	if *small {
 		size = quick()
 	}
+	size.runs, size.hollow, size.records = cmp.Or(*runs, size.runs), cmp.Or(*hollow, size.hollow), cmp.Or(*records, size.records)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, *bin, *only, *skip, *out, *markdown, size); err != nil {
