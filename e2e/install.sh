@@ -12,7 +12,6 @@ need npm npm
 need mosquitto mosquitto
 need mosquitto_sub mosquitto-clients
 need ip iproute2
-need kubectl kubernetes-client
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" != 0 ]; then
   echo "missing: ${missing[*]}. Run as root: apt-get install ${missing[*]}" >&2

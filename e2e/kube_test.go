@@ -21,13 +21,14 @@ import (
 // kubectl runs kubectl as the cluster's administrator.
 type kubectl struct {
 	t          *testing.T
+	command    string
 	kubeconfig string
 }
 
 func (k kubectl) try(stdin string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(k.t.Context(), rigtest.Soon)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, rigtest.Need(k.t, "kubectl"), append([]string{"--kubeconfig", k.kubeconfig}, args...)...)
+	cmd := exec.CommandContext(ctx, k.command, append([]string{"--kubeconfig", k.kubeconfig}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var errs strings.Builder
 	cmd.Stderr = &errs
@@ -64,7 +65,7 @@ func (k kubectl) hubKubeconfig(link *rig.Link) string {
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		k.t.Fatal(err)
 	}
-	hub := kubectl{k.t, path}
+	hub := kubectl{k.t, k.command, path}
 	hub.do("", "config", "set-credentials", "cloudhub", "--token", request.Status.Token)
 	hub.do("", "config", "set-context", "--current", "--user", "cloudhub")
 	return path
@@ -128,7 +129,7 @@ func (k kubectl) equal(e *rig.Edge, count int) error {
 // link and the pods, the edge ends with exactly what Kubernetes says, never with an older state.
 func TestG1G6G7Kubernetes(t *testing.T) {
 	c := cluster.Start(t)
-	k := kubectl{t, c.Kubeconfig}
+	k := kubectl{t, c.Kubectl, c.Kubeconfig}
 	out, err := bin.Run(t.Context(), "cloudhub", "crds")
 	if err != nil {
 		t.Fatal(err)

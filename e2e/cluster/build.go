@@ -189,3 +189,16 @@ func removeOthers(dir, keep string) error {
 	}
 	return nil
 }
+
+// linkKubectl returns the path of a kubectl that fits the control plane: the same binary under that name.
+func linkKubectl(binary string) (string, error) {
+	path := filepath.Join(filepath.Dir(binary), "bin", "kubectl")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return "", err
+	}
+	mine := fmt.Sprintf("%s.%d", path, os.Getpid())
+	if err := os.Symlink(binary, mine); err != nil {
+		return "", err
+	}
+	return path, os.Rename(mine, path)
+}

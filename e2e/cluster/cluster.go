@@ -29,6 +29,8 @@ const (
 type Cluster struct {
 	// Kubeconfig is the path of the administrator's kubeconfig; the same after a restart.
 	Kubeconfig string
+	// Kubectl is the path of a kubectl of the control plane's version.
+	Kubectl string
 	// Log is the path of what the control plane writes to standard error.
 	Log string
 
@@ -66,12 +68,17 @@ func Open(ctx context.Context, dir string, progress io.Writer) (*Cluster, error)
 	if err != nil {
 		return nil, err
 	}
+	kubectl, err := linkKubectl(binary)
+	if err != nil {
+		return nil, err
+	}
 	port, err := freePort()
 	if err != nil {
 		return nil, err
 	}
 	c := &Cluster{
 		Kubeconfig: filepath.Join(dir, "admin.kubeconfig"),
+		Kubectl:    kubectl,
 		Log:        filepath.Join(dir, "controlplane.log"),
 		binary:     binary, dir: dir, port: port,
 	}

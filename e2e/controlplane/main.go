@@ -36,6 +36,10 @@ func (c config) path(name string) string { return filepath.Join(c.dir, name) }
 func (c config) url() string             { return "https://127.0.0.1:" + strconv.Itoa(c.port) }
 
 func main() {
+	if filepath.Base(os.Args[0]) == "kubectl" {
+		kubectl()
+		return
+	}
 	dir := flag.String("dir", "", "folder for all data (required)")
 	port := flag.Int("port", 6443, "port of the API server on 127.0.0.1")
 	withParent := flag.Bool("with-parent", false, "end when standard input ends")

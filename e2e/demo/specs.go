@@ -153,7 +153,7 @@ func (d *demo) apply(ctx context.Context, name, text string) error {
 }
 
 func (d *demo) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, "kubectl", append([]string{"--kubeconfig", d.cluster.Kubeconfig}, args...)...)
+	cmd := exec.CommandContext(ctx, d.cluster.Kubectl, append([]string{"--kubeconfig", d.cluster.Kubeconfig}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -189,9 +189,6 @@ func (d *demo) showKube(ctx context.Context, kinds string) error {
 }
 
 func (d *demo) startCluster(ctx context.Context, dir string) error {
-	if _, err := exec.LookPath("kubectl"); err != nil {
-		return fmt.Errorf("kubectl is missing: install it (Debian: apt-get install kubernetes-client), or run make demo, which needs no cluster")
-	}
 	data := filepath.Join(dir, "cluster")
 	if err := os.Mkdir(data, 0o700); err != nil {
 		return err
@@ -248,7 +245,7 @@ func (d *demo) hubKubeconfig(ctx context.Context, dir string) (string, error) {
 		{"set-credentials", "cloudhub", "--token", request.Status.Token},
 		{"set-context", "--current", "--user", "cloudhub"},
 	} {
-		cmd := exec.CommandContext(ctx, "kubectl", append([]string{"--kubeconfig", path, "config"}, args...)...)
+		cmd := exec.CommandContext(ctx, d.cluster.Kubectl, append([]string{"--kubeconfig", path, "config"}, args...)...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("kubectl config %s: %w: %s", args[0], err, out)
 		}

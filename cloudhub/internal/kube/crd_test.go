@@ -69,15 +69,11 @@ func TestPrinterColumns(t *testing.T) {
 
 func table(t *testing.T, resource, namespace string) string {
 	t.Helper()
-	kubectl, err := exec.LookPath("kubectl")
-	if err != nil {
-		t.Skip("kubectl is not installed")
-	}
 	args := []string{"--kubeconfig", control.Kubeconfig, "get", resource}
 	if namespace != "" {
 		args = append(args, "-n", namespace)
 	}
-	out, err := exec.CommandContext(t.Context(), kubectl, args...).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), control.Kubectl, args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("kubectl %s: %v: %s", strings.Join(args, " "), err, out)
 	}
