@@ -3,6 +3,7 @@ package uplink
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -19,8 +20,10 @@ type session struct {
 	conn   *mqttconn.Session
 	number uint64
 	writer *writer
-	head   uint64 // counter of the newest head seen
+	head   uint64 // counter of the newest head believed; until there is one the hub has not proved who it is
 }
+
+var errUnproved = errors.New("acknowledgement before the hub proved itself with a head for this session")
 
 func newSession(up *Uplink, conn *mqttconn.Session, number uint64) *session {
 	return &session{up: up, conn: conn, number: number, writer: newWriter(up, conn, number)}
@@ -125,11 +128,19 @@ func (s *session) receive(m mqttconn.Message) {
 	if st.Head > s.head && s.head > 0 && st.Synced {
 		s.writer.committed(st.Committed)
 	}
+	if s.head == 0 && st.Head > 0 {
+		s.writer.trust()
+	}
 	s.head = st.Head
 }
 
-// acknowledge gives back what the sink holds and opens the window again.
+// acknowledge gives back what the sink holds and opens the window again. A hub that has not proved itself in this session
+// cannot make the edge drop anything.
 func (s *session) acknowledge(m mqttconn.Message) {
+	if s.head == 0 {
+		s.up.reject(m.Topic, errUnproved)
+		return
+	}
 	var ack longshorepb.Ack
 	if err := proto.Unmarshal(m.Payload, &ack); err != nil {
 		s.up.reject(m.Topic, err)

@@ -15,6 +15,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/longshore-edge/longshore/proto/longshorepb"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
@@ -107,6 +109,55 @@ func TestTelemetryOfAnOfflineTimeArrivesOnce(t *testing.T) {
 	if s := e.Status(); s.Outstanding != 0 {
 		t.Errorf("%d bytes count as on their way", s.Outstanding)
 	}
+}
+
+// G3, G5: without this, a hub that cannot prove itself, such as one with another signing key or a thief of the address, could
+// have the edge drop readings for good by acknowledging them.
+func TestTelemetryWaitsForAHubThatProvesItself(t *testing.T) {
+	checkLeaks(t)
+	h := newHub(t)
+	trusted := h.key
+	_, foreign, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := newEdge(t, h, t.TempDir(), func(*Config) { h.mu.Lock(); h.key = foreign; h.mu.Unlock() })
+	want := []string{"one", "two", "three"}
+	e.append("vibration", want...)
+	eventually(t, "the foreign head is refused", func() bool { return e.Status().Rejected > 0 })
+	forged := &longshorepb.Ack{}
+	for _, o := range e.outbox.Heads() {
+		forged.Epochs = append(forged.Epochs, &longshorepb.EpochAck{
+			Epoch: o.GetEpoch(), Streams: []*longshorepb.StreamAck{{Stream: "vibration", Watermark: 100}},
+		})
+	}
+	payload, err := proto.Marshal(forged)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the acknowledgement is refused", func() bool {
+		c := look(h, func() *hubConn { return h.conn })
+		if err := c.Send(topic.Topic{Kind: topic.Ack, Edge: edgeName}.String(), payload, false); err != nil {
+			t.Fatal(err)
+		}
+		if streams, _ := e.outbox.Stats(); streams[0].Held != uint64(len(want)) {
+			t.Fatalf("%d records held after a forged acknowledgement, want %d", streams[0].Held, len(want))
+		}
+		return errors.Is(e.Status().RejectedErr, errUnproved)
+	})
+	if kinds := look(h, func() []topic.Kind { return slices.Clone(h.order) }); slices.Contains(kinds, topic.Telemetry) {
+		t.Error("telemetry went to a hub that did not prove itself")
+	}
+
+	h.stop()
+	h.mu.Lock()
+	h.key = trusted
+	h.mu.Unlock()
+	h.start()
+	eventually(t, "the true hub gets everything", func() bool {
+		streams, _ := e.outbox.Stats()
+		return streams[0].Held == 0 && slices.Equal(look(h, func() []string { return slices.Clone(h.records["vibration"]) }), want)
+	})
 }
 
 // G4: without this, a hub that does not acknowledge would be sent an edge's whole backlog, and specs would wait behind it.

@@ -37,11 +37,13 @@ type writer struct {
 
 	mu      sync.Mutex
 	actions []desired.EdgeAction // guarded by mu: what one Poll of the replica gave, at most
+	trusted bool                 // guarded by mu: a head of this session was believed
 	wake    chan struct{}        // 1 slot: look again
 	idle    chan struct{}        // 1 slot: actions are all taken
 
 	flow *flow // guarded by up.mu
 
+	asked         bool     // for acknowledgements
 	reports       [][]byte // serialized, not sent yet
 	live, backlog lane
 	next          *longshorepb.Telemetry // of the backlog lane, read and not sent yet
@@ -98,6 +100,20 @@ func (w *writer) committed(list desired.Digest) {
 	w.poke()
 }
 
+// trust says that the hub proved itself in this session: telemetry may go to it, and its acknowledgements count.
+func (w *writer) trust() {
+	w.mu.Lock()
+	w.trusted = true
+	w.mu.Unlock()
+	w.poke()
+}
+
+func (w *writer) isTrusted() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.trusted
+}
+
 func (w *writer) poke() { signal(w.wake) }
 
 // signal fills a 1-slot channel: look again.
@@ -130,8 +146,7 @@ func (w *writer) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// hello sends what the replica begins a session with and asks for acknowledgements after it, so that the hub knows the
-// session by then.
+// hello sends what the replica begins a session with, so that the hub knows the session before anything else comes.
 func (w *writer) hello(ctx context.Context, g *errgroup.Group) error {
 	sent := false
 	for !sent {
@@ -150,7 +165,7 @@ func (w *writer) hello(ctx context.Context, g *errgroup.Group) error {
 			return err
 		}
 	}
-	return w.subscribe(ctx, g, []string{topic.Topic{Kind: topic.Ack, Edge: w.up.cfg.Edge}.String()})
+	return nil
 }
 
 // sleep waits for something new to look at, wait at most.
@@ -169,7 +184,7 @@ func (w *writer) sleep(ctx context.Context, wait time.Duration) error {
 	return nil
 }
 
-// step sends the most urgent message there is. If there is none it returns how long to wait for one at most.
+// step sends the most urgent message there is; telemetry only to a hub that proved itself. If there is none it returns how long to wait for one at most.
 func (w *writer) step(ctx context.Context, g *errgroup.Group) (wait time.Duration, err error) {
 	if a := w.action(); a != nil {
 		return 0, w.execute(ctx, g, a)
@@ -192,6 +207,13 @@ func (w *writer) step(ctx context.Context, g *errgroup.Group) (wait time.Duratio
 		m := w.reports[0]
 		w.reports = w.reports[1:]
 		return 0, w.publish(ctx, topic.Reported, m)
+	}
+	if !w.isTrusted() {
+		return wait, nil
+	}
+	if !w.asked {
+		w.asked = true
+		return 0, w.subscribe(ctx, g, []string{topic.Topic{Kind: topic.Ack, Edge: w.up.cfg.Edge}.String()})
 	}
 	sent, pause, err := w.telemetry(ctx, now)
 	if sent || err != nil {
