@@ -58,9 +58,15 @@ type Source struct {
 	current map[ref]object
 }
 
+// entry is what was found under a file's name: its content, or why it could not be read.
+type entry struct {
+	content []byte
+	problem string
+}
+
 // file is one file of the folder.
 type file struct {
-	content  []byte // as last read
+	entry           // as last read
 	good     []byte // last content without a problem, nil if none
 	objects  []object
 	problems []Problem
@@ -174,7 +180,7 @@ func (s *Source) Run(ctx context.Context) error {
 // scan reads the folder and applies what changed. A folder that cannot be read changes nothing: a file system that is not
 // mounted must not look like a fleet without pods.
 func (s *Source) scan(w *fsnotify.Watcher) {
-	contents, err := s.read(w)
+	entries, err := s.read(w)
 	s.mu.Lock()
 	known := s.err
 	s.err = err
@@ -190,23 +196,25 @@ func (s *Source) scan(w *fsnotify.Watcher) {
 	}
 	changed := false
 	for name := range s.files {
-		if _, ok := contents[name]; !ok {
+		if _, ok := entries[name]; !ok {
 			delete(s.files, name)
 			changed = true
 		}
 	}
-	for name, content := range contents {
+	for name, e := range entries {
 		old, known := s.files[name]
-		if known && old.content != nil && bytes.Equal(old.content, content) {
+		if known && old.problem == e.problem && old.content != nil && bytes.Equal(old.content, e.content) {
 			continue
 		}
 		changed = true
-		f := file{content: content, good: old.good, objects: old.objects}
-		objects, problems := parse(name, content)
-		if len(problems) == 0 {
-			f.good, f.objects = content, objects
+		f := file{entry: e, good: old.good, objects: old.objects}
+		if e.problem != "" {
+			f.problems = []Problem{{name, 1, e.problem}}
+		} else if objects, problems := parse(name, e.content); len(problems) == 0 {
+			f.good, f.objects = e.content, objects
+		} else {
+			f.problems = problems
 		}
-		f.problems = problems
 		s.files[name] = f
 	}
 	if changed || known != nil || len(s.current) == 0 {
@@ -214,14 +222,20 @@ func (s *Source) scan(w *fsnotify.Watcher) {
 	}
 }
 
-func (s *Source) read(w *fsnotify.Watcher) (map[string][]byte, error) {
-	contents := map[string][]byte{}
+// read returns what is in the folder, by path below it. An error says that the folder itself cannot be read; what is wrong with
+// one file is told with it.
+func (s *Source) read(w *fsnotify.Watcher) (map[string]entry, error) {
+	entries := map[string]entry{}
 	err := filepath.WalkDir(s.cfg.Dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) && path != s.cfg.Dir {
+			if path == s.cfg.Dir {
+				return err
+			}
+			if errors.Is(err, fs.ErrNotExist) {
 				return nil // went away meanwhile: the next notification comes
 			}
-			return err
+			s.keepBelow(path, err, entries)
+			return nil
 		}
 		hidden := strings.HasPrefix(d.Name(), ".") && path != s.cfg.Dir
 		if d.IsDir() {
@@ -234,18 +248,48 @@ func (s *Source) read(w *fsnotify.Watcher) (map[string][]byte, error) {
 		if hidden || ext != ".yaml" && ext != ".yml" && ext != ".json" {
 			return nil
 		}
-		b, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
+		rel, err := filepath.Rel(s.cfg.Dir, path)
 		if err != nil {
 			return err
 		}
-		rel, err := filepath.Rel(s.cfg.Dir, path)
-		contents[rel] = b
-		return err
+		if e, ok := readEntry(path); ok {
+			entries[rel] = e
+		}
+		return nil
 	})
-	return contents, err
+	return entries, err
+}
+
+// keepBelow says of every file known below a folder that it cannot be read, so that its last good content stays.
+func (s *Source) keepBelow(folder string, err error, entries map[string]entry) {
+	for name := range s.files {
+		if strings.HasPrefix(filepath.Join(s.cfg.Dir, name), folder+string(filepath.Separator)) {
+			entries[name] = entry{[]byte{}, fmt.Sprintf("its folder cannot be read: %v", err)}
+		}
+	}
+}
+
+// readEntry reads one file; ok is false if there is none (any more).
+func readEntry(path string) (e entry, ok bool) {
+	e.content = []byte{}
+	st, err := os.Stat(path) // follows links, as those of a mounted ConfigMap
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return e, false
+	case err != nil:
+	case !st.Mode().IsRegular():
+		e.problem = "not a regular file"
+		return e, true
+	case st.Size() > maxFile:
+		e.problem = fmt.Sprintf("the file has %d bytes, at most %d are read", st.Size(), maxFile)
+		return e, true
+	default:
+		e.content, err = os.ReadFile(path)
+	}
+	if err != nil {
+		e.problem = fmt.Sprintf("the file cannot be read: %v", err)
+	}
+	return e, !errors.Is(err, fs.ErrNotExist)
 }
 
 // apply tells the cache the difference between what it was told and what the files say now.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -179,6 +180,39 @@ func TestVanishedFolderChangesNothing(t *testing.T) {
 	}
 	f.until("the folder is read again", func() bool { return f.source.Ready() == nil })
 	f.holds("a")
+}
+
+// One odd entry, such as a link to a folder or a pipe, must not stop the folder or hang the hub.
+func TestOddEntriesTouchNothingElse(t *testing.T) {
+	f := start(t, t.TempDir(), t.TempDir())
+	defer f.stop()
+	f.write("edge.yaml", edge)
+	f.write("a.yaml", pod("a"))
+	f.holds("a")
+	if err := os.Symlink(t.TempDir(), filepath.Join(f.dir, "link.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(filepath.Join(f.dir, "pipe.yaml"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(f.dir, "nowhere"), filepath.Join(f.dir, "dangling.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	huge := filepath.Join(f.dir, "huge.yaml")
+	f.write("huge.yaml", "")
+	if err := os.Truncate(huge, maxFile+1); err != nil {
+		t.Fatal(err)
+	}
+	f.write("b.yaml", pod("b"))
+	f.holds("a", "b")
+	f.until("three are told", func() bool { return len(f.source.Problems()) == 3 })
+	if err := os.Remove(huge); err != nil {
+		t.Fatal(err)
+	}
+	f.until("two are left", func() bool { return len(f.source.Problems()) == 2 })
+	if err := f.source.Ready(); err != nil {
+		t.Error("the folder is not ready:", err)
+	}
 }
 
 func TestMissingFolderSaysWhatToDo(t *testing.T) {
