@@ -242,7 +242,10 @@ func (s *Source) read(w *fsnotify.Watcher) (map[string]entry, error) {
 			if hidden {
 				return filepath.SkipDir
 			}
-			return w.Add(path)
+			if err := w.Add(path); err != nil { // then the next rescan finds what changed
+				s.cfg.Logger.Debug("a folder of manifests cannot be watched", "dir", path, "err", err)
+			}
+			return nil
 		}
 		ext := filepath.Ext(path)
 		if hidden || ext != ".yaml" && ext != ".yml" && ext != ".json" {
