@@ -18,8 +18,11 @@ const (
 	// reportPause is the least time between two rounds of reports, so that progress of a download does not fill the link.
 	// A committed list does not wait for it.
 	reportPause = time.Second
-	// figuresPause is the least time between two reports because of nothing but a figure (free disk, backlog).
+	// figuresPause is the least time between two reports because of nothing but a figure (free disk, backlog). A backlog
+	// that is gone does not wait for it.
 	figuresPause = time.Minute
+	// manyRecords is a backlog that does not have to reach zero to be gone: where readings go on, some are always under way.
+	manyRecords = 1000
 	// reportRoom is kept free in a report for all that is not a list of pods or models.
 	reportRoom = 4 << 10
 )
@@ -61,7 +64,7 @@ func (r *reporter) changed() {
 func (r *reporter) due(now time.Time) (list []byte, urgent bool, wait time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	pause := figuresPause
+	pause := r.quietPause()
 	if r.dirty {
 		pause = reportPause
 	}
@@ -71,6 +74,14 @@ func (r *reporter) due(now time.Time) (list []byte, urgent bool, wait time.Durat
 	urgent = r.urgent
 	r.urgent, r.dirty = false, false
 	return r.list, urgent, 0
+}
+
+// quietPause is how long an account is not looked at that nobody called changed. Nothing tells when a backlog goes.
+func (r *reporter) quietPause() time.Duration {
+	if r.node.GetBacklogRecords() > 0 {
+		return reportPause
+	}
+	return figuresPause
 }
 
 // next returns the serialized reports to send now, none above 16 KiB, or how long to wait before asking again.
@@ -83,7 +94,7 @@ func (r *reporter) next(account func() Account, now time.Time) (messages [][]byt
 	parts := r.split(r.diff(account(), now, first))
 	r.last = now
 	if !urgent && len(parts) == 1 && proto.Size(parts[0]) == 0 {
-		return nil, figuresPause, nil
+		return nil, r.quietPause(), nil
 	}
 	parts[0].Reset_ = first
 	parts[len(parts)-1].Complete = first
@@ -125,10 +136,18 @@ func (r *reporter) diff(a Account, now time.Time, first bool) *longshorepb.Repor
 		models[key] = m
 	}
 	r.pods, r.models = pods, models
-	if first || now.Sub(r.nodeAt) >= figuresPause && !proto.Equal(r.node, a.Node) || !proto.Equal(facts(r.node), facts(a.Node)) {
+	if first || now.Sub(r.nodeAt) >= figuresPause && !proto.Equal(r.node, a.Node) || !proto.Equal(facts(r.node), facts(a.Node)) ||
+		drained(r.node, a.Node) {
 		d.Node, r.node, r.nodeAt = a.Node, a.Node, now
 	}
 	return d
+}
+
+// drained reports whether a backlog is gone: nothing is left, or a tenth of many records. As it has to be reported to be seen
+// going, and grows unreported for figuresPause, records under way do not make it chatter.
+func drained(reported, now *longshorepb.NodeReport) bool {
+	was, is := reported.GetBacklogRecords(), now.GetBacklogRecords()
+	return was > 0 && is == 0 || was >= manyRecords && is <= was/10
 }
 
 // facts is a node's report without the figures that change all the time.
