@@ -24,12 +24,10 @@ type fleetSite struct {
 	*herd
 	// source of the specs, for names: "folder" or "kubernetes".
 	source string
-	idle   int64 // RSS of the hub before the first edge, in KiB
-	tag    int   // of the newest image in the folder
+	tag    int // of the newest image
 }
 
-// fleet measures, with the folder as source, what depends on the number of edges: change until applied, restart of the hub,
-// memory per edge.
+// fleet measures, with a folder as source, how soon a change is applied and how soon all is well after a restart of the hub.
 func fleet(ctx context.Context, b *bench) (err error) {
 	s, err := b.newSite("fleet")
 	if err != nil {
@@ -41,9 +39,6 @@ func fleet(ctx context.Context, b *bench) (err error) {
 	}
 	f := &fleetSite{site: s, herd: newHerd(ctx), source: "folder"}
 	defer func() { err = errors.Join(err, f.stop()) }()
-	if err := f.idles(ctx, b); err != nil {
-		return err
-	}
 	if err := f.populate(ctx, b); err != nil {
 		return err
 	}
@@ -52,38 +47,10 @@ func fleet(ctx context.Context, b *bench) (err error) {
 			return err
 		}
 	}
-	return f.restarts(ctx, b)
-}
-
-// idles notes the memory of the hub before there is any edge.
-func (f *fleetSite) idles(ctx context.Context, b *bench) (err error) {
-	if err := pause(ctx, b.settle); err != nil {
-		return err
-	}
-	if f.idle, err = rss(f.hub.PID()); err != nil {
-		return err
-	}
-	b.record(figure{Name: f.source + "-hub-idle", What: "RSS of a hub without edges, source " + f.source, Unit: "MiB", Compare: "72 MB"}, float64(f.idle)/mib)
-	return nil
-}
-
-// restarts kills the hub again and again, and notes its memory once it has come to rest.
-func (f *fleetSite) restarts(ctx context.Context, b *bench) error {
 	for range b.runs {
 		if err := f.restart(ctx, b); err != nil {
 			return err
 		}
-		if err := pause(ctx, b.settle); err != nil {
-			return err
-		}
-		now, err := rss(f.hub.PID())
-		if err != nil {
-			return err
-		}
-		b.record(figure{
-			Name: f.source + "-hub-memory", What: fmt.Sprintf("hub RSS over idle per connected edge with %d pods, %s edges, source %s", fleetPods, number(float64(f.size())), f.source),
-			Unit: "KiB", Reach: atMost(60), Compare: "about 0.5 MB",
-		}, float64(now-f.idle)/float64(f.size()))
 	}
 	return nil
 }
@@ -93,7 +60,7 @@ func (f *fleetSite) size() int { return len(f.boxes) + len(f.edges) }
 // populate makes the edges with their pods, and waits until all are in sync.
 func (f *fleetSite) populate(ctx context.Context, b *bench) error {
 	var names []string
-	for i := range b.hollow {
+	for i := range b.beside {
 		names = append(names, fmt.Sprintf("hollow-%04d", i))
 	}
 	edges, err := enrollHollow(ctx, f.hub, names)
@@ -236,7 +203,7 @@ func (f *fleetSite) restart(ctx context.Context, b *bench) error {
 	b.record(figure{Name: f.source + "-restart-p50", What: what + "until a hollow edge is in sync, median", Unit: "s", Compare: compare}, quantile(took, 0.5))
 	b.record(figure{Name: f.source + "-restart-p99", What: what + "the same, p99", Unit: "s", Reach: atMost(5), Compare: compare}, quantile(took, 0.99))
 	b.record(figure{Name: f.source + "-restart-all", What: what + "until the hub knows all, full edges too, to be in sync", Unit: "s", Compare: compare}, all)
-	return nil
+	return pause(ctx, b.settle/4)
 }
 
 // inSync asks the hub how many edges hold the newest list.

@@ -51,9 +51,14 @@ func kubernetes(ctx context.Context, b *bench) (err error) {
 	if err := k.prepare(ctx); err != nil {
 		return err
 	}
-	if err := k.idles(ctx, b); err != nil {
+	if err := pause(ctx, b.settle); err != nil {
 		return err
 	}
+	idle, err := rss(k.hub.PID())
+	if err != nil {
+		return err
+	}
+	b.record(figure{Name: "hub-idle", What: "RSS of a hub without edges", Unit: "MiB", Compare: "72 MB"}, float64(idle)/mib)
 	if err := k.grow(ctx, kubeEdges); err != nil {
 		return err
 	}
@@ -71,12 +76,42 @@ func kubernetes(ctx context.Context, b *bench) (err error) {
 	if err := k.wait(ctx, time.Time{}, fleetPods); err != nil {
 		return err
 	}
+	// Statuses go to Kubernetes at a bounded rate; they must not compete with what is measured.
+	if err := k.running(ctx, "fleet", fleetPods*len(k.edges)); err != nil {
+		return err
+	}
 	for range b.runs {
 		if err := k.changes(ctx, b, "fleet"); err != nil {
 			return err
 		}
 	}
-	return k.restarts(ctx, b)
+	for range b.runs {
+		if err := k.restart(ctx, b); err != nil {
+			return err
+		}
+	}
+	return k.memory(ctx, b, idle)
+}
+
+// memory of the hub per edge, once the hub has come to rest; idle is what it took before there was any, in KiB.
+func (k *kubeSite) memory(ctx context.Context, b *bench, idle int64) error {
+	if err := pause(ctx, b.rest); err != nil {
+		return err
+	}
+	for range b.runs {
+		now, err := rss(k.hub.PID())
+		if err != nil {
+			return err
+		}
+		b.record(figure{
+			Name: "hub-memory", What: fmt.Sprintf("hub RSS over idle per connected edge with %d pods, %s edges", fleetPods, number(float64(k.size()))),
+			Unit: "KiB", Reach: atMost(60), Compare: "about 0.5 MB",
+		}, float64(now-idle)/float64(k.size()))
+		if err := pause(ctx, b.settle/4); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // prepare starts the hub on the API server.
@@ -179,19 +214,8 @@ func (k *kubeSite) burst(ctx context.Context, b *bench, run string) error {
 	g, gctx := errgroup.WithContext(ctx)
 	var running time.Time
 	g.Go(func() error {
-		gctx, cancel := context.WithTimeout(gctx, patience)
-		defer cancel()
-		seen := map[string]bool{}
-		err := k.api.watchPods(gctx, "run%3D"+run, func(name, phase string) bool {
-			if phase == "Running" {
-				seen[name] = true
-			}
-			return len(seen) == pods
-		})
+		err := k.running(gctx, run, pods)
 		running = time.Now()
-		if err != nil {
-			err = fmt.Errorf("%d of %d pods run: %w", len(seen), pods, err)
-		}
 		return err
 	})
 	begin := time.Now()
@@ -217,6 +241,23 @@ func (k *kubeSite) burst(ctx context.Context, b *bench, run string) error {
 		return err
 	}
 	return k.wait(ctx, time.Time{}, 0)
+}
+
+// running waits until so many pods of a run are shown as running.
+func (k *kubeSite) running(ctx context.Context, run string, pods int) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*patience)
+	defer cancel()
+	seen := map[string]bool{}
+	err := k.api.watchPods(ctx, "run%3D"+run, func(name, phase string) bool {
+		if phase == "Running" {
+			seen[name] = true
+		}
+		return len(seen) == pods
+	})
+	if err != nil {
+		err = fmt.Errorf("%d of %d pods run: %w", len(seen), pods, err)
+	}
+	return err
 }
 
 // createPods returns when the last of them was created.
