@@ -67,6 +67,23 @@ func TestPrinterColumns(t *testing.T) {
 	}
 }
 
+// Without this, an edge that is not in step, or has nothing left to send, would show nothing in its columns, as one that nobody
+// knows anything of does.
+func TestFalseAndZeroAreShown(t *testing.T) {
+	createEdge(t, edgeWithPods("zero-1", nil))
+	h := startHub(t, "zero-hub", control.hub)
+	state := online("zero-1", 1)
+	state.Synced = false
+	h.Report(state)
+	eventually(t, "the status is written", func() error { return link(t, "zero-1", "zero-hub", 1, linkOnline) })
+	for path, want := range map[string]string{"{.status.synced}": "false", "{.status.backlogRecords}": "0"} {
+		out, err := exec.CommandContext(t.Context(), control.Kubectl, "--kubeconfig", control.Kubeconfig, "get", "edge", "zero-1", "-o", "jsonpath="+path).Output()
+		if err != nil || string(out) != want {
+			t.Errorf("%s is %q, error %v; want %s", path, out, err, want)
+		}
+	}
+}
+
 func table(t *testing.T, resource, namespace string) string {
 	t.Helper()
 	args := []string{"--kubeconfig", control.Kubeconfig, "get", resource}

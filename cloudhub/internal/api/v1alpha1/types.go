@@ -61,7 +61,7 @@ type EdgeStatus struct {
 	Instance string `json:"instance,omitempty"`
 	// Synced: the edge holds what the cluster says for it.
 	// +optional
-	Synced bool `json:"synced,omitempty"`
+	Synced bool `json:"synced"`
 	// LastContact is when the hub last heard from the edge, within a minute while it is online.
 	// +optional
 	LastContact *metav1.Time `json:"lastContact,omitempty"`
@@ -71,7 +71,7 @@ type EdgeStatus struct {
 	Architecture string `json:"architecture,omitempty"`
 	// BacklogRecords the edge holds and the cloud does not have yet, as last reported.
 	// +optional
-	BacklogRecords int64 `json:"backlogRecords,omitempty"`
+	BacklogRecords int64 `json:"backlogRecords"`
 	// +optional
 	// +listType=map
 	// +listMapKey=namespace
