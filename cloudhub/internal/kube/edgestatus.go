@@ -24,8 +24,10 @@ const (
 const (
 	// contactEvery is how often an Edge's status is written when nothing but numbers and times changed.
 	contactEvery = time.Minute
-	// drainedAfter is how soon after the last write it is told that an edge holds no records any more.
+	// drainedAfter is how soon after the last write it is told that an edge's backlog is gone.
 	drainedAfter = 5 * time.Second
+	// manyRecords is a backlog that does not have to reach zero to be gone: where readings go on, some are always under way.
+	manyRecords = 1000
 	// staleAfter is when a status that says Online is no longer believed: its hub is gone.
 	staleAfter = 3 * contactEvery
 	// minStatusPause is the least time between two writes of one Edge's status.
@@ -144,10 +146,15 @@ func writeAfter(have, next *v1alpha1.EdgeStatus, now time.Time) time.Duration {
 		return 0
 	}
 	every := contactEvery
-	if have.BacklogRecords > 0 && next.BacklogRecords == 0 {
+	if drained(have.BacklogRecords, next.BacklogRecords) {
 		every = drainedAfter
 	}
 	return max(0, have.LastContact.Add(every).Sub(now))
+}
+
+// drained reports whether a backlog is gone: nothing is left, or a tenth of many records.
+func drained(was, is int64) bool {
+	return was > 0 && is == 0 || was >= manyRecords && is <= was/10
 }
 
 // shorten cuts a text from an edge at a character's boundary.

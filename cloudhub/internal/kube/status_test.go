@@ -67,6 +67,8 @@ func TestWriteAfter(t *testing.T) {
 	numbers, synced := have, have
 	behind := have
 	behind.BacklogRecords = 9
+	far := have
+	far.BacklogRecords = 40_000
 	numbers.Sequence, numbers.BacklogRecords = 7, 7
 	synced.Synced = true
 	for name, c := range map[string]struct {
@@ -76,6 +78,8 @@ func TestWriteAfter(t *testing.T) {
 		"a change":                 {have, synced, 0},
 		"numbers":                  {have, numbers, 40 * time.Second},
 		"the backlog is gone":      {behind, v1alpha1.EdgeStatus{Link: linkOnline, Sequence: 8, LastContact: &metav1.Time{Time: now}}, 0},
+		"fewer are under way":      {behind, numbers, 40 * time.Second},
+		"some are under way still": {far, numbers, 0},
 		"nothing, online":          {have, have, contactEvery},
 		"nothing, offline":         {offline, offline, -1},
 		"first contact":            {v1alpha1.EdgeStatus{}, have, 0},
