@@ -59,7 +59,8 @@ type BrokerConfig struct {
 
 // HTTPConfig is the door for inference, health, metrics and status.
 type HTTPConfig struct {
-	Listen string `yaml:"listen"`
+	Listen         string `yaml:"listen"`
+	AllowAnonymous Bool   `yaml:"allowAnonymous"`
 }
 
 // ModelsConfig is about models and their workers.
@@ -237,6 +238,7 @@ func settings() []setting {
 		{"broker.listen", "address for devices (MQTT)", text(func(c *Config) *string { return &c.Broker.Listen })},
 		{"broker.allowAnonymous", "let devices in without credentials also beyond this machine", func(c *Config, s string) error { return c.Broker.AllowAnonymous.Set(s) }},
 		{"http.listen", "address for inference, health, metrics and status", text(func(c *Config) *string { return &c.HTTP.Listen })},
+		{"http.allowAnonymous", "let anybody infer and read status and metrics also from beyond this machine", func(c *Config, s string) error { return c.HTTP.AllowAnonymous.Set(s) }},
 		{"models.worker", "worker program (default: longshore-worker beside this program)", text(func(c *Config) *string { return &c.Models.Worker })},
 		{"models.ortLibrary", "libonnxruntime.so.1 (default: searched in the usual places)", text(func(c *Config) *string { return &c.Models.ORTLibrary })},
 		{"models.diskQuota", "bound of all model files", func(c *Config, s string) error { return c.Models.DiskQuota.Set(s) }},
@@ -362,7 +364,10 @@ func (c *Config) validate() error {
 		}
 	}
 	if !loopback(c.Broker.Listen) && !bool(c.Broker.AllowAnonymous) {
-		return fmt.Errorf("broker.listen: %s is beyond this machine and devices need no credentials there: listen on 127.0.0.1, or set broker.allowAnonymous to true if the network is yours alone", c.Broker.Listen)
+		return fmt.Errorf("broker.listen: %s is beyond this machine and devices need no credentials there: listen on 127.0.0.1, or set broker.allowAnonymous to true (--broker-allow-anonymous) if the network is yours alone", c.Broker.Listen)
+	}
+	if !loopback(c.HTTP.Listen) && !bool(c.HTTP.AllowAnonymous) {
+		return fmt.Errorf("http.listen: %s is beyond this machine, and whoever reaches it may infer and read status and metrics without credentials: listen on 127.0.0.1, or set http.allowAnonymous to true (--http-allow-anonymous) if the network is yours alone", c.HTTP.Listen)
 	}
 	seen := map[string]int{}
 	for _, s := range c.Streams {

@@ -76,7 +76,9 @@ func TestBadConfigurationSaysWhereAndWhat(t *testing.T) {
 		{"credential: c\nhub: {url: \"http://hub\"}", "none of tcp, tls, ws and wss"},
 		{"credential: c\nhub: {url: \"tcp://a:b@hub:1\"}", "must not contain a user"},
 		{ok + "broker: {listen: \"1883\"}", "not host:port"},
-		{ok + "broker: {listen: \"0.0.0.0:1883\"}", "allowAnonymous"},
+		{ok + "broker: {listen: \"0.0.0.0:1883\"}", "broker.allowAnonymous"},
+		{ok + "http: {listen: \"0.0.0.0:8090\"}", "http.allowAnonymous to true (--http-allow-anonymous)"},
+		{ok + "http: {listen: \":8090\"}", "http.listen: :8090 is beyond this machine"},
 		{ok + "log: {format: xml}", "neither text nor json"},
 		{ok + "log: {level: loud}", "none of debug"},
 	} {
@@ -94,6 +96,22 @@ func TestBadConfigurationSaysWhereAndWhat(t *testing.T) {
 	}
 	if _, err := loadConfig("", noEnv, map[string]string{"models-disk-quota": "x"}); err == nil || !strings.Contains(err.Error(), "--models-disk-quota") {
 		t.Errorf("a bad flag: %v", err)
+	}
+}
+
+// Without this, a box whose network is its own could not be asked from beside it.
+func TestDoorsOpenForAllWhenToldTo(t *testing.T) {
+	c, err := loadConfig(write(t, t.TempDir(), "edgehub.yaml", `
+credential: c
+hub: {url: "tcp://hub:1883"}
+broker: {listen: "0.0.0.0:1883", allowAnonymous: true}
+http: {listen: "[::]:8090"}
+`, 0o600), noEnv, map[string]string{"http-allow-anonymous": "true"})
+	if err == nil {
+		err = c.validate()
+	}
+	if err != nil {
+		t.Error(err)
 	}
 }
 

@@ -126,7 +126,7 @@ func runCommand() *cobra.Command {
 		if v := shown[s.key]; v != "" {
 			usage += " (default " + v + ")"
 		}
-		if s.key == "broker.allowAnonymous" {
+		if strings.HasSuffix(s.key, ".allowAnonymous") {
 			cmd.Flags().Bool(s.flag(), false, usage)
 			continue
 		}
