@@ -207,7 +207,33 @@ func TestG1G6G7Kubernetes(t *testing.T) {
 	s.StartHub()
 	rigtest.Eventually(t, "after kill -9 of the hub", func() error { return k.equal(e, 1) })
 
+	shipModels(s, k, e)
 	laggingHub(s, k, e, solo)
+}
+
+// shipModels ships a good version, then one whose file is broken although its digest is right: the good one must serve on, and
+// kubectl must show who failed.
+func shipModels(s *rigtest.Site, k kubectl, e *rig.Edge) {
+	counts := func(want string) func() error {
+		return func() error {
+			got, err := k.try("", "get", "model", "bearing", "-o", "jsonpath={.status.observedVersion} {.status.desired} {.status.serving} {.status.failed}")
+			if err == nil && got != want {
+				err = fmt.Errorf("version, desired, serving, failed: %q, want %q", got, want)
+			}
+			return err
+		}
+	}
+	k.do(model(k.t, s, "1", bearingModel(k.t, "1")), "apply", "-f", "-")
+	rigtest.Eventually(k.t, "version 1 serves", counts("1 1 1 0"))
+	whole := bearingModel(k.t, "2")
+	k.do(model(k.t, s, "2", whole[:len(whole)/2]), "apply", "-f", "-")
+	rigtest.Eventually(k.t, "version 2 failed", counts("2 1 0 1"))
+	if err := serves(k.t.Context(), e, "1", "Failed"); err != nil {
+		k.t.Error(err)
+	}
+	if out := k.do("", "get", "models"); !regexp.MustCompile(`bearing +2 +1 +0 +0 +1 +0 `).MatchString(out) {
+		k.t.Errorf("kubectl get models:\n%s", out)
+	}
 }
 
 // laggingHub moves the edge to a second hub that was cut off from the API server before the last changes: the edge must not be
