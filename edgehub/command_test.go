@@ -224,6 +224,20 @@ func TestWhatIsInTheWayIsExplained(t *testing.T) {
 	}
 }
 
+// Without this, people would learn only from a model's FetchFailed that their edge does not know where model files are.
+func TestMissingFilesAddressIsToldAtTheStart(t *testing.T) {
+	b := newTestBox(t)
+	for files, want := range map[string]bool{"": true, "http://127.0.0.1:1": false} {
+		t.Setenv("LONGSHORE_HUB_FILES", files)
+		b.start()
+		warned := strings.Contains(strings.Join(b.status().Warnings, "\n"), "hub.files is not set")
+		b.stop()
+		if warned != want {
+			t.Errorf("with hub.files %q: warned %t", files, warned)
+		}
+	}
+}
+
 // Without this, leaving could take files that are not the agent's, or telemetry that nobody was told of.
 func TestLeave(t *testing.T) {
 	b := newTestBox(t)

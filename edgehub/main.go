@@ -111,6 +111,9 @@ func runCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if cfg.Hub.Files == "" {
+				a.warn("hub.files is not set, so no model can be fetched: set it to the hub's HTTP address (--hub-files)", "hub", cfg.Hub.URL)
+			}
 			return a.Run(cmd.Context())
 		},
 	}
