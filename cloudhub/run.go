@@ -110,7 +110,7 @@ func (h *hub) open() error {
 	if err != nil {
 		return err
 	}
-	if h.tokens, err = enrol.OpenTokens(cfg.TokenFile, mirror.Access); err != nil {
+	if h.tokens, err = enrol.OpenTokens(cfg.TokenFile, log.With("part", "enrolment"), mirror.Access); err != nil {
 		return err
 	}
 	if h.source, err = h.newSource(); err != nil {
@@ -128,7 +128,7 @@ func (h *hub) open() error {
 	}
 	if h.mirror, err = mirror.New(mirror.Config{
 		Logger: log.With("part", "mirror"), HubName: cfg.HubName, Cluster: h.source.ClusterUID, Key: key,
-		Cache: h.cache, Upstream: h.source, Intake: h.intake,
+		Cache: h.cache, Upstream: h.source, Intake: h.intake, Current: h.tokens.Current,
 	}); err != nil {
 		return err
 	}
@@ -195,6 +195,7 @@ func (h *hub) run(ctx context.Context) error {
 		parts, ctx := errgroup.WithContext(ctx)
 		parts.Go(func() error { return named("source", h.source.Run(ctx)) })
 		parts.Go(func() error { return named("mirror", h.mirror.Run(ctx)) })
+		parts.Go(func() error { return named("token file", h.tokens.Run(ctx, h.mirror.Revoke)) })
 		parts.Go(func() error { return named("broker", h.broker.Run(ctx)) })
 		parts.Go(func() error { return named("model files", h.files.Run(ctx)) })
 		parts.Go(func() error { h.wantFiles(ctx); return nil })

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -28,7 +29,7 @@ func login(edge, token string) broker.Login {
 // Without it, an edge enrolled while the hub runs would be refused, or one that was removed could go on.
 func TestRunningHubFollowsTheTokenFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "tokens")
-	tokens, err := enrol.OpenTokens(path, mirror.Access)
+	tokens, err := enrol.OpenTokens(path, slog.New(slog.DiscardHandler), mirror.Access)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +83,7 @@ func TestG5TokensAreOfOneEdge(t *testing.T) {
 	if _, err := enrol.Enroll(path, "box-2", false); err != nil {
 		t.Fatal(err)
 	}
-	tokens, err := enrol.OpenTokens(path, mirror.Access)
+	tokens, err := enrol.OpenTokens(path, slog.New(slog.DiscardHandler), mirror.Access)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +137,7 @@ func TestBrokenTokenFilesNameTheLine(t *testing.T) {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := enrol.OpenTokens(path, mirror.Access); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := enrol.OpenTokens(path, slog.New(slog.DiscardHandler), mirror.Access); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", content, err, want)
 		}
 	}

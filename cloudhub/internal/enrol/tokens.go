@@ -11,13 +11,17 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 
 	"github.com/longshore-edge/longshore/broker"
@@ -30,23 +34,92 @@ const tokenBytes = 32
 // ErrEnrolled says that an edge has a token already.
 var ErrEnrolled = errors.New("is enrolled already")
 
+const (
+	// settle is how long the file is left alone after a change: an editor writes it in several steps.
+	settle = 200 * time.Millisecond
+	// rescan finds what no notification told of, such as changes on network file systems.
+	rescan = 10 * time.Second
+)
+
 // Tokens is the file of enrolled edges: a line per edge, its name and the SHA-256 of its token in hexadecimal. The file is
-// read again whenever it changed, so that enrolling needs no restart. Safe for concurrent use.
+// read again whenever it changed, so that enrolling and revoking need no restart. While it is broken, what was good before
+// stays in force. Safe for concurrent use.
 type Tokens struct {
 	path   string
+	log    *slog.Logger
 	access func(edge string) broker.Access
+	change chan struct{} // 1 slot: keys changed
 
 	mu   sync.Mutex
-	seen fs.FileInfo // of the content that keys are; nil if there is no file
+	seen fs.FileInfo // as last read; nil if there was no file
+	err  error       // why it could not be read then
 	keys map[string][sha256.Size]byte
 }
 
 // OpenTokens reads the file; one that does not exist yet counts as empty. access gives the rights of an edge.
-func OpenTokens(path string, access func(edge string) broker.Access) (*Tokens, error) {
-	t := &Tokens{path: path, access: access}
+func OpenTokens(path string, log *slog.Logger, access func(edge string) broker.Access) (*Tokens, error) {
+	t := &Tokens{path: path, log: log, access: access, change: make(chan struct{}, 1), keys: map[string][sha256.Size]byte{}}
+	if err := t.read(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// Run follows the file until ctx ends and calls changed after every change of who is enrolled.
+func (t *Tokens) Run(ctx context.Context, changed func()) error {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("watch the token file: %w", err)
+	}
+	defer func() { _ = w.Close() }()
+	if err := w.Add(filepath.Dir(t.path)); err != nil {
+		t.log.Warn("the token file cannot be watched, it is read every few seconds", "file", t.path, "err", err)
+	}
+	tick := time.NewTicker(rescan)
+	defer tick.Stop()
+	var settled <-chan time.Time
+	stale := false // changed has not been called since the last change
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-w.Events:
+			if settled == nil {
+				settled = time.After(settle)
+			}
+		case err := <-w.Errors:
+			t.log.Warn("watching the token file failed, it is read every few seconds", "file", t.path, "err", err)
+		case <-settled:
+			settled = nil
+			t.refresh(false)
+			if stale {
+				stale = false
+				changed()
+			}
+		case <-tick.C:
+			t.refresh(true)
+		case <-t.change: // a login may have seen the file half written: that must not close a fleet's connections
+			stale = true
+			if settled == nil {
+				settled = time.After(settle)
+			}
+		}
+	}
+}
+
+// Current reports whether an identity is still that of an enrolled edge, by the file as last read.
+func (t *Tokens) Current(id broker.Identity) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t, t.refresh()
+	key, enrolled := t.keys[id.Name]
+	return enrolled && bytes.Equal(key[:], id.Key)
+}
+
+// Err says what is wrong with the file as last read, nil if nothing is.
+func (t *Tokens) Err() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.err
 }
 
 var _ broker.Authenticator = (*Tokens)(nil)
@@ -75,13 +148,11 @@ func (t *Tokens) identify(edge, token string) (broker.Identity, error) {
 	if err != nil || len(raw) != tokenBytes {
 		return broker.Identity{}, fmt.Errorf("edge %q presented no token of 256 bits", edge)
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if err := t.refresh(); err != nil && t.keys == nil {
-		return broker.Identity{}, err
-	}
+	t.refresh(false)
 	key := sha256.Sum256(raw)
+	t.mu.Lock()
 	want, enrolled := t.keys[edge]
+	t.mu.Unlock()
 	if !enrolled {
 		return broker.Identity{}, fmt.Errorf("edge %q is not enrolled", edge)
 	}
@@ -92,29 +163,57 @@ func (t *Tokens) identify(edge, token string) (broker.Identity, error) {
 	return broker.Identity{Name: edge, Key: key[:], Access: t.access(edge)}, nil
 }
 
-// refresh reads the file if it changed; the caller holds mu. After an error the earlier tokens stand.
-func (t *Tokens) refresh() error {
+// refresh reads the file if it looks changed, or in any case. What is wrong with it is logged once per change.
+func (t *Tokens) refresh(always bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	st, err := os.Stat(t.path)
+	same := err == nil && t.seen != nil && os.SameFile(st, t.seen) && st.ModTime().Equal(t.seen.ModTime()) && st.Size() == t.seen.Size()
+	if same && !always {
+		return
+	}
+	before := t.err
+	err = t.read()
+	switch {
+	case err != nil && (!same || before == nil || before.Error() != err.Error()):
+		t.log.Error("the token file is broken: who was enrolled before it broke stays enrolled, nobody is added or revoked", "err", err)
+	case err == nil && before != nil:
+		t.log.Info("the token file is good again", "file", t.path, "edges", len(t.keys))
+	}
+}
+
+// read takes the file over; after an error the earlier tokens stand. The caller holds mu, or is the only one.
+func (t *Tokens) read() error {
+	var keys map[string][sha256.Size]byte
+	st, err := os.Stat(t.path)
+	if err == nil {
+		keys, err = readTokens(t.path)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
-		t.seen, t.keys = nil, map[string][sha256.Size]byte{}
-		return nil
+		st, keys, err = nil, map[string][sha256.Size]byte{}, nil
 	}
+	t.seen, t.err = st, err
+	if err != nil || maps.Equal(keys, t.keys) {
+		return err
+	}
+	t.keys = keys
+	select {
+	case t.change <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+func readTokens(path string) (map[string][sha256.Size]byte, error) {
+	content, err := os.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("read token file: %w", err)
-	}
-	if t.seen != nil && os.SameFile(st, t.seen) && st.ModTime().Equal(t.seen.ModTime()) && st.Size() == t.seen.Size() {
-		return nil
-	}
-	content, err := os.ReadFile(t.path)
-	if err != nil {
-		return fmt.Errorf("read token file: %w", err)
+		return nil, fmt.Errorf("read token file: %w", err)
 	}
 	keys, err := parseTokens(content)
 	if err != nil {
-		return fmt.Errorf("token file %s: %w", t.path, err)
+		return nil, fmt.Errorf("token file %s: %w", path, err)
 	}
-	t.seen, t.keys = st, keys
-	return nil
+	return keys, nil
 }
 
 func parseTokens(content []byte) (map[string][sha256.Size]byte, error) {

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,8 @@ type Config struct {
 	Key      ed25519.PrivateKey
 	Cache    *Cache
 	Upstream Upstream
+	// Current reports whether the credential of a connection still counts; nil: all do. It must not block.
+	Current func(broker.Identity) bool
 	// Intake takes telemetry; nil: telemetry is refused.
 	Intake *intake.Intake
 }
@@ -146,10 +149,28 @@ func (m *Mirror) Ready() error {
 }
 
 // Connected implements broker.Virtual.
-func (m *Mirror) Connected(c *broker.Conn) {
+func (m *Mirror) Connected(bc *broker.Conn) {
+	c := &conn{Conn: bc, edge: bc.Identity().Name, wake: make(chan struct{}, 1)}
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.conns[c.ID()] = &conn{Conn: c, edge: c.Identity().Name, wake: make(chan struct{}, 1)}
+	m.conns[c.ID()] = c
+	m.mu.Unlock()
+	m.check(c) // the credential may have been revoked after it was presented
+}
+
+// Revoke closes every connection whose credential does not count any more; call it after a change of that.
+func (m *Mirror) Revoke() {
+	m.mu.Lock()
+	conns := slices.Collect(maps.Values(m.conns))
+	m.mu.Unlock()
+	for _, c := range conns {
+		m.check(c)
+	}
+}
+
+func (m *Mirror) check(c *conn) {
+	if m.cfg.Current != nil && !m.cfg.Current(c.Identity()) {
+		m.refuse(c, "its credential was revoked")
+	}
 }
 
 // Disconnected implements broker.Virtual. The sender sees the end by itself.
