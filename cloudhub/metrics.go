@@ -26,6 +26,12 @@ func (h *hub) registry() *prometheus.Registry {
 	gauge("connections", "MQTT connections.", func() int64 { return b().Connections })
 	counter("connections_accepted_total", "MQTT connections accepted.", func() uint64 { return uint64(b().Accepted) })
 	counter("connections_refused_total", "MQTT connections refused.", func() uint64 { return uint64(b().Refused) })
+	gauge("token_file_broken", "1 while the token file cannot be read: who was enrolled before stays enrolled, nobody is added or revoked.", func() int64 {
+		if h.tokens.Err() != nil {
+			return 1
+		}
+		return 0
+	})
 	counter("connections_stalled_total", "MQTT connections closed because the peer took no bytes.", func() uint64 { return uint64(b().Stalled) })
 	counter("broker_dropped_total", "Messages the broker dropped because a client's queue was full.", func() uint64 { return uint64(b().Dropped) })
 	counter("received_bytes_total", "Bytes received over MQTT.", func() uint64 { return uint64(b().BytesIn) })
