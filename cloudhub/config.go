@@ -21,6 +21,10 @@ import (
 // envPrefix precedes the name of a flag, in capitals with '_' for '-', in the environment.
 const envPrefix = "LONGSHORE_"
 
+// configVariable names the configuration file. It is this command's own: the edge hub's file has other keys, and both may run on
+// one machine.
+const configVariable = envPrefix + "CLOUDHUB_CONFIG"
+
 // config is the validated configuration of a hub.
 type config struct {
 	Source     string
@@ -88,7 +92,7 @@ func (c *config) flags() *pflag.FlagSet {
 
 // load fills the settings that the command line left out.
 func load(settings *pflag.FlagSet, file string) error {
-	if v, set := os.LookupEnv(envPrefix + "CONFIG"); set && file == "" {
+	if v, set := os.LookupEnv(configVariable); set && file == "" {
 		file = v
 	}
 	if err := fill(settings, file, os.LookupEnv); err != nil {

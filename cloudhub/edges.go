@@ -127,7 +127,7 @@ The edge also needs an Edge of that name among the specs (kind: Edge, apiVersion
 	for _, name := range []string{"data", "token-file", "signing-key"} {
 		cmd.Flags().AddFlag(settings.Lookup(name))
 	}
-	cmd.Flags().StringVar(&file, "config", "", "YAML `file` of cloudhub run")
+	cmd.Flags().StringVar(&file, "config", "", "YAML `file` of cloudhub run (environment "+configVariable+")")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "`file` to write, readable by you alone; empty: standard output")
 	cmd.Flags().BoolVar(&replace, "replace", false, "give a new token to an edge that has one; the old one ends")
 	return cmd

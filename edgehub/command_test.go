@@ -238,6 +238,21 @@ func TestMissingFilesAddressIsToldAtTheStart(t *testing.T) {
 	}
 }
 
+// Without this, the configuration of a cloud hub on the same machine would keep the edge hub from starting, and the other way
+// round.
+func TestConfigurationVariableIsTheEdgesOwn(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("LONGSHORE_CONFIG", write(t, dir, "cloudhub.yaml", "mqtt: 127.0.0.1:1\n", 0o600))
+	t.Setenv("LONGSHORE_CLOUDHUB_CONFIG", filepath.Join(dir, "cloudhub.yaml"))
+	if out, ok := edgehub(t, "status", "--state", dir); ok || !strings.Contains(out, "no agent runs") {
+		t.Errorf("with a cloud hub's file: %s", out)
+	}
+	t.Setenv("LONGSHORE_EDGEHUB_CONFIG", write(t, dir, "edgehub.yaml", "stat: x\n", 0o600))
+	if out, ok := edgehub(t, "status", "--state", dir); ok || !strings.Contains(out, `unknown key "stat"`) {
+		t.Errorf("with its own file: %s", out)
+	}
+}
+
 // Without this, leaving could take files that are not the agent's, or telemetry that nobody was told of.
 func TestLeave(t *testing.T) {
 	b := newTestBox(t)

@@ -28,6 +28,9 @@ import (
 const (
 	defaultConfig = "/etc/longshore/edgehub.yaml"
 	defaultState  = "/var/lib/longshore"
+	// configVariable names the configuration file. It is this command's own: the cloud hub's file has other keys, and both may
+	// run on one machine.
+	configVariable = "LONGSHORE_EDGEHUB_CONFIG"
 )
 
 // Config is everything that can be set. It is one value, validated before anything starts.

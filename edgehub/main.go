@@ -65,7 +65,7 @@ over the file. The file is ` + defaultConfig + ` or what --config says:
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.PersistentFlags().String("config", "", "configuration file [$LONGSHORE_CONFIG] (default "+defaultConfig+" if it is there)")
+	root.PersistentFlags().String("config", "", "configuration file [$"+configVariable+"] (default "+defaultConfig+" if it is there)")
 	root.PersistentFlags().String("state", "", "folder for everything the agent keeps [$LONGSHORE_STATE] (default "+defaultState+")")
 	root.AddCommand(runCommand(), statusCommand(), modelsCommand(), leaveCommand(), bundleCommand(), versionCommand())
 	return root
@@ -83,7 +83,7 @@ func commandConfig(cmd *cobra.Command) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	if v, ok := os.LookupEnv("LONGSHORE_CONFIG"); ok && file == "" {
+	if v, ok := os.LookupEnv(configVariable); ok && file == "" {
 		file = v
 	}
 	return loadConfig(file, os.LookupEnv, flags)
