@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -17,6 +20,7 @@ import (
 type client struct {
 	address   string
 	tokenFile string
+	ca        string
 	settings  *pflag.FlagSet
 }
 
@@ -25,6 +29,7 @@ func (c *client) flags() *pflag.FlagSet {
 	f := pflag.NewFlagSet("client", pflag.ContinueOnError)
 	f.StringVar(&c.address, "api", "http://127.0.0.1:8080", "`address` of the hub (environment LONGSHORE_API)")
 	f.StringVar(&c.tokenFile, "api-token-file", "", "`file` with the bearer token of the API (environment LONGSHORE_API_TOKEN_FILE)")
+	f.StringVar(&c.ca, "ca", "", "`file` (PEM) of the authority that signed the certificate of an https:// hub; empty: the system's (environment LONGSHORE_CA)")
 	c.settings = f
 	return f
 }
@@ -48,7 +53,14 @@ func (c *client) get(ctx context.Context, path string, query url.Values) (io.Rea
 		}
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
-	res, err := http.DefaultClient.Do(req)
+	transport, err := c.transport()
+	if err != nil {
+		return nil, err
+	}
+	res, err := (&http.Client{Transport: transport}).Do(req)
+	if errors.As(err, new(x509.UnknownAuthorityError)) {
+		return nil, usagef("the certificate of the hub is signed by nobody this machine trusts: name its authority with --ca FILE: %w", err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("no answer from the hub: %w (is \"cloudhub run\" running? name its --http address with --api)", err)
 	}
@@ -62,6 +74,25 @@ func (c *client) get(ctx context.Context, path string, query url.Values) (io.Rea
 		return nil, usageError{err}
 	}
 	return nil, err
+}
+
+// transport trusts the authority of --ca alone, if there is one.
+func (c *client) transport() (*http.Transport, error) {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.DisableKeepAlives = true // a command asks little, and ends
+	if c.ca == "" {
+		return t, nil
+	}
+	pem, err := os.ReadFile(c.ca)
+	if err != nil {
+		return nil, usagef("--ca: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, usagef("--ca %s: no PEM certificate in it", c.ca)
+	}
+	t.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+	return t, nil
 }
 
 func (c *client) getJSON(ctx context.Context, path string, query url.Values, into any) error {
