@@ -66,8 +66,8 @@ generate: ## generated code: wire messages, deep copies, CRDs
 check-generated: generate ## fail if generated code is not current
 	@git diff --exit-code --stat -- proto deploy cloudhub/internal/api || { echo "generated code is not current: run make generate and commit"; exit 1; }
 
-bench: bin onnxruntime ## the figures
-	@go run ./e2e/bench $(if $(ONLY),-only $(ONLY))
+bench: bin onnxruntime controlplane ## every figure, about an hour, into docs/PERFORMANCE.md; ONLY=name: one experiment
+	@go run ./e2e/bench $(if $(ONLY),-only $(ONLY),-markdown docs/PERFORMANCE.md)
 
 clean:
 	@rm -rf bin bench.json

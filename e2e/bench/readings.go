@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"time"
@@ -74,10 +75,24 @@ func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // reading is about 100 bytes of JSON as a sensor sends them, with values that nothing but chance connects.
 func reading(machine, n int) []byte {
-	x := uint64(machine)<<32 + uint64(n) // then SplitMix64
-	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
-	x = (x ^ x>>27) * 0x94d049bb133111eb
-	x ^= x >> 31
+	x := chance(uint64(machine)<<32 + uint64(n))
 	return fmt.Appendf(nil, `{"machine":"press-%d","n":%07d,"temperature":%d.%02d,"pressure":%d.%03d,"vibration":0.%06d}`,
 		machine, n, 40+x>>60, x>>48%100, 3+x>>46%4, x>>36%1000, x>>10%1000000)
+}
+
+// noise is 100 bytes.
+func noise(machine, n int) []byte {
+	b := make([]byte, 0, 104)
+	for i := range uint64(13) {
+		b = binary.BigEndian.AppendUint64(b, chance(uint64(machine)<<40+uint64(n)<<8+i))
+	}
+	return b[:100]
+}
+
+// chance is the output function of SplitMix64: different for each x, and seemingly random.
+func chance(x uint64) uint64 {
+	x *= 0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
 }
