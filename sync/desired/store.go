@@ -12,13 +12,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	badger "github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
-	"golang.org/x/sys/unix"
-
 	"github.com/longshore-edge/longshore/proto/longshorepb"
 )
 
@@ -57,10 +56,7 @@ const (
 	// batchBytes bounds one transaction; Badger takes 15% of a memtable.
 	batchBytes = 8 * blockBytes
 	memTable   = 4 << 20
-	// reserveBytes is the free space below which nothing is written: Badger maps its files into memory, and a write that finds
-	// no block would end the process with SIGBUS.
-	reserveBytes = 32 << 20
-	maxValue     = blockBytes
+	maxValue   = blockBytes
 )
 
 // Keys of the store:
@@ -89,15 +85,25 @@ type committed struct {
 
 // Store keeps desired state in Badger. Safe for concurrent use; one process at a time.
 type Store struct {
-	db      *badger.DB
 	dir     string
+	log     *slog.Logger
 	reserve uint64
+	closed  atomic.Bool
+
 	mu      sync.Mutex // orders writes that take several transactions
+	session uint64     // the last number handed out; guarded by mu
+
+	// swap is held for reading while db is used; it guards what follows.
+	swap sync.RWMutex
+	db   *badger.DB
+	// readOnly: the disk was full when the store was opened.
+	readOnly bool
 }
 
 // OpenStore opens or creates the store in dir with settings for a small box. A store that cannot be read is moved aside
-// (dir.corrupt-<time>; of several the newest is kept) and a new one made, which the returned moved tells; a store in use, a
-// full disk or a missing permission is an error that says what to do.
+// (dir.corrupt-<time>; of several the newest is kept) and a new one made, which the returned moved tells; a store in use or a
+// missing permission is an error that says what to do. On a full disk it is opened for reading only: everything in it is
+// there, writes fail with ErrDiskFull, and the first write that finds room again opens it for writing.
 func OpenStore(dir string, log *slog.Logger) (s *Store, moved string, err error) {
 	s, err = openStore(dir, log)
 	if !errors.Is(err, errCorrupt) {
@@ -116,30 +122,51 @@ func openStore(dir string, log *slog.Logger) (_ *Store, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the state directory %s (choose another or run as a user who may write there): %w", dir, err)
 	}
-	s := &Store{dir: dir, reserve: reserveBytes}
-	if err := s.checkSpace(0); err != nil {
+	s := &Store{dir: dir, log: log}
+	free, size, err := space(dir)
+	if err != nil {
 		return nil, err
 	}
-	if s.db, err = openBadger(dir, log); err != nil {
-		return nil, explainOpen(dir, err)
+	if s.reserve = reserveOf(size); free < s.reserve {
+		s.readOnly = true
+		s.db, err = openFull(dir, log)
+	} else {
+		s.db, err = openWritable(dir, log)
 	}
-	if err := s.verify(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%w: %w", errCorrupt, err), s.db.Close())
+	if err != nil {
+		return nil, err
 	}
 	return s, nil
 }
 
+// openWritable opens the database and reads everything that is committed.
+func openWritable(dir string, log *slog.Logger) (*badger.DB, error) {
+	db, err := openBadger(small(dir, log))
+	if err != nil {
+		return nil, explainOpen(dir, err)
+	}
+	if err := verify(db); err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: %w", errCorrupt, err), db.Close())
+	}
+	return db, nil
+}
+
 // openBadger opens the database; what panics in it on damaged files is an error here.
-func openBadger(dir string, log *slog.Logger) (db *badger.DB, err error) {
+func openBadger(opt badger.Options) (db *badger.DB, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%w: %v", errCorrupt, p)
 		}
 	}()
-	if err := checkTables(dir); err != nil {
+	if err := checkTables(opt.Dir); err != nil {
 		return nil, err
 	}
-	opt := badger.DefaultOptions(dir).
+	return badger.Open(opt)
+}
+
+// small is Badger's options for a small box.
+func small(dir string, log *slog.Logger) badger.Options {
+	return badger.DefaultOptions(dir).
 		WithLogger(badgerLog{log}).WithMetricsEnabled(false).
 		WithSyncWrites(true).WithDetectConflicts(false).WithNumGoroutines(1).
 		WithMemTableSize(memTable).WithNumMemtables(2).WithBaseTableSize(1 << 20).WithBaseLevelSize(4 << 20).
@@ -147,7 +174,6 @@ func openBadger(dir string, log *slog.Logger) (db *badger.DB, err error) {
 		WithCompression(options.None).WithBlockCacheSize(0).WithIndexCacheSize(1 << 20).
 		WithValueLogFileSize(1 << 20).WithValueThreshold(2 * blockBytes).
 		WithChecksumVerificationMode(options.OnTableAndBlockRead)
-	return badger.Open(opt)
 }
 
 // explainOpen tells a store that is damaged from one that cannot be opened now.
@@ -157,7 +183,7 @@ func explainOpen(dir string, err error) error {
 		return err
 	case strings.Contains(err.Error(), "directory lock"):
 		return fmt.Errorf("the state directory %s is in use: another agent runs with it, stop that one first or choose another directory: %w", dir, err)
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), strings.Contains(err.Error(), syscall.ENOSPC.Error()):
 		return fmt.Errorf("%w: free some space on the file system of %s: %w", ErrDiskFull, dir, err)
 	case errors.Is(err, os.ErrPermission), errors.Is(err, syscall.EROFS):
 		return fmt.Errorf("open the state directory %s (make it writable, or run as the user who owns it): %w", dir, err)
@@ -186,38 +212,16 @@ func moveAside(dir string) (string, error) {
 }
 
 // verify reads everything that is committed.
-func (s *Store) verify() (err error) {
+func verify(db *badger.DB) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("read: %v", p)
 		}
 	}()
-	_, _, err = s.Current()
-	return err
-}
-
-// Close flushes and closes.
-func (s *Store) Close() error {
-	if err := s.db.Close(); err != nil {
-		return fmt.Errorf("close store: %w", err)
-	}
-	return nil
-}
-
-// checkSpace refuses a write of n bytes that would leave too little space.
-func (s *Store) checkSpace(n int) error { return s.checkSpaceAbove(s.reserve + uint64(n)) }
-
-func (s *Store) checkSpaceAbove(need uint64) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(s.dir, &fs); err != nil {
-		return fmt.Errorf("ask for the free space of %s: %w", s.dir, err)
-	}
-	free := uint64(fs.Bavail) * uint64(fs.Bsize) //nolint:unconvert // the types differ between architectures
-	if free < need {
-		return fmt.Errorf("%w: %d MiB are free on the file system of %s, %d MiB are needed: free some space",
-			ErrDiskFull, free>>20, s.dir, need>>20+1)
-	}
-	return nil
+	return db.View(func(txn *badger.Txn) error {
+		_, _, err := readCurrent(txn)
+		return err
+	})
 }
 
 // Load reads what a Replica starts from, and removes what a crash left half written or half deleted.
@@ -226,7 +230,7 @@ func (s *Store) Load() (Stored, error) {
 	defer s.mu.Unlock()
 	st := Stored{Objects: make(map[Digest]struct{}), Lists: make(map[Digest]*List), Parts: make(map[Digest]Part)}
 	var stale [][]byte
-	err := s.db.View(func(txn *badger.Txn) error {
+	err := s.view(func(txn *badger.Txn) error {
 		if err := loadObjects(txn, &st); err != nil {
 			return err
 		}
@@ -240,7 +244,7 @@ func (s *Store) Load() (Stored, error) {
 		return Stored{}, fmt.Errorf("load store: %w", err)
 	}
 	if len(stale) > 0 {
-		if err := s.deleteKeys(stale); err != nil {
+		if err := s.deleteKeys(stale); err != nil && !errors.Is(err, ErrDiskFull) { // then the next Load does it
 			return Stored{}, fmt.Errorf("load store: %w", err)
 		}
 	}
@@ -377,10 +381,10 @@ func (s *Store) saveObject(o Object) error {
 }
 
 func (s *Store) commit(a Commit) error {
-	if err := s.checkSpace(0); err != nil {
+	if err := s.room(s.reserve); err != nil {
 		return err
 	}
-	return s.db.Update(func(txn *badger.Txn) error {
+	return s.update(func(txn *badger.Txn) error {
 		for _, d := range listDigests(a.List) {
 			if _, err := txn.Get(digestKey(objectKey, d)); err != nil {
 				return fmt.Errorf("object %s is not stored: %w", d.Short(), err)
@@ -423,33 +427,10 @@ func (s *Store) drop(digests []Digest) error {
 }
 
 // Current returns the committed list's objects, decoded list first; (nil, nil, nil) if none.
-func (s *Store) Current() (*List, []Object, error) {
-	var list *List
-	var objects []Object
-	err := s.db.View(func(txn *badger.Txn) error {
-		c, err := readCommitted(txn)
-		if err != nil || c == nil {
-			return err
-		}
-		if list, err = readList(txn, Digest(c.List)); err != nil {
-			return err
-		}
-		for _, e := range list.Entries {
-			if e.GetAbsent() {
-				continue
-			}
-			d := Digest(e.GetDigest())
-			h, body, err := readObject(txn, d)
-			if err != nil {
-				return err
-			}
-			if h.kind != e.GetKind() {
-				return fmt.Errorf("object %s is a %s, the list names a %s", d.Short(), kindName(h.kind), kindName(e.GetKind()))
-			}
-			ref := Ref{Kind: e.GetKind(), Namespace: e.GetNamespace(), Name: e.GetName(), UID: e.GetUid()}
-			objects = append(objects, Object{Ref: ref, Digest: d, Body: body})
-		}
-		return nil
+func (s *Store) Current() (list *List, objects []Object, err error) {
+	err = s.view(func(txn *badger.Txn) (err error) {
+		list, objects, err = readCurrent(txn)
+		return err
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("read the committed list: %w", err)
@@ -457,13 +438,42 @@ func (s *Store) Current() (*List, []Object, error) {
 	return list, objects, nil
 }
 
+func readCurrent(txn *badger.Txn) (*List, []Object, error) {
+	c, err := readCommitted(txn)
+	if err != nil || c == nil {
+		return nil, nil, err
+	}
+	list, err := readList(txn, Digest(c.List))
+	if err != nil {
+		return nil, nil, err
+	}
+	var objects []Object
+	for _, e := range list.Entries {
+		if e.GetAbsent() {
+			continue
+		}
+		d := Digest(e.GetDigest())
+		h, body, err := readObject(txn, d)
+		if err != nil {
+			return nil, nil, err
+		}
+		if h.kind != e.GetKind() {
+			return nil, nil, fmt.Errorf("object %s is a %s, the list names a %s", d.Short(), kindName(h.kind), kindName(e.GetKind()))
+		}
+		ref := Ref{Kind: e.GetKind(), Namespace: e.GetNamespace(), Name: e.GetName(), UID: e.GetUid()}
+		objects = append(objects, Object{Ref: ref, Digest: d, Body: body})
+	}
+	return list, objects, nil
+}
+
 // NextSession returns a session number higher than ever before in this store, durably. It also lies above the time in
-// milliseconds since 1970, so that a store made anew goes on above the one that was lost, where the clock is set.
+// milliseconds since 1970, so that a store made anew goes on above the one that was lost, where the clock is set. On a full
+// disk the number is not written: telemetry must go up to make room, and the clock keeps the next start above it.
 func (s *Store) NextSession() (uint64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var n uint64
-	err := s.db.View(func(txn *badger.Txn) error {
+	err := s.view(func(txn *badger.Txn) error {
 		v, err := get(txn, []byte{sessionKey})
 		if err == nil && len(v) == 8 {
 			n = binary.BigEndian.Uint64(v)
@@ -473,12 +483,13 @@ func (s *Store) NextSession() (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read session number: %w", err)
 	}
-	n = max(n+1, uint64(max(0, time.Now().UnixMilli())))
+	n = max(n+1, s.session+1, uint64(max(0, time.Now().UnixMilli())))
 	var w writes
 	w.put([]byte{sessionKey}, binary.BigEndian.AppendUint64(nil, n))
-	if err := s.write(w); err != nil {
+	if err := s.write(w); err != nil && !errors.Is(err, ErrDiskFull) {
 		return 0, fmt.Errorf("write session number: %w", err)
 	}
+	s.session = n
 	return n, nil
 }
 
@@ -486,7 +497,7 @@ func (s *Store) NextSession() (uint64, error) {
 // Get returns nil for a missing key.
 func (s *Store) Get(key string) ([]byte, error) {
 	var v []byte
-	err := s.db.View(func(txn *badger.Txn) (err error) {
+	err := s.view(func(txn *badger.Txn) (err error) {
 		v, err = get(txn, append([]byte{valueKey}, key...))
 		return err
 	})

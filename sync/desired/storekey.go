@@ -145,12 +145,12 @@ func (s *Store) write(w writes) error {
 	for _, e := range w.entries {
 		n += len(e.Key) + len(e.Value)
 	}
-	if err := s.checkSpace(2 * n); err != nil {
+	if err := s.room(s.reserve + 2*uint64(n)); err != nil {
 		return err
 	}
 	for len(w.entries) > 0 {
 		count, size := 0, 0
-		err := s.db.Update(func(txn *badger.Txn) error {
+		err := s.update(func(txn *badger.Txn) error {
 			for _, e := range w.entries {
 				if size > 0 && size+len(e.Value) > batchBytes {
 					return nil
@@ -172,7 +172,7 @@ func (s *Store) write(w writes) error {
 
 func (s *Store) deletePrefix(prefix []byte) error {
 	var keys [][]byte
-	err := s.db.View(func(txn *badger.Txn) error {
+	err := s.view(func(txn *badger.Txn) error {
 		return scan(txn, prefix, false, func(key, _ []byte) error {
 			keys = append(keys, append([]byte(nil), key...))
 			return nil
@@ -186,12 +186,12 @@ func (s *Store) deletePrefix(prefix []byte) error {
 
 func (s *Store) deleteKeys(keys [][]byte) error {
 	const batch = 1000
-	if err := s.checkSpaceAbove(s.reserve / 4); err != nil {
+	if err := s.room(s.reserve / 4); err != nil {
 		return err
 	}
 	for len(keys) > 0 {
 		n := min(batch, len(keys))
-		err := s.db.Update(func(txn *badger.Txn) error {
+		err := s.update(func(txn *badger.Txn) error {
 			for _, k := range keys[:n] {
 				if err := txn.Delete(k); err != nil {
 					return err
