@@ -60,6 +60,9 @@ func (c *Conn) Identity() Identity { return c.identity }
 // Remote address.
 func (c *Conn) Remote() net.Addr { return c.login.Remote }
 
+// Received counts the bytes that came from the peer so far, with all overheads above TCP: proof that it lives.
+func (c *Conn) Received() uint64 { return c.link.wire.received.Load() }
+
 // Done is closed when the connection has ended.
 func (c *Conn) Done() <-chan struct{} { return c.link.done }
 

@@ -24,6 +24,7 @@ type wire struct {
 	socket    net.Conn // what Close closes: below a TLS of the HTTP server's, which would wait for the peer
 	stall     time.Duration
 	readLimit atomic.Int64 // time.Duration between bytes; 0: the deadline that was set stands
+	received  atomic.Uint64
 	stats     *counters
 }
 
@@ -47,6 +48,7 @@ func (w *wire) Read(p []byte) (int, error) {
 		}
 	}
 	n, err := w.Conn.Read(p)
+	w.received.Add(uint64(n))
 	w.stats.bytesIn.Add(int64(n))
 	return n, err
 }

@@ -24,6 +24,8 @@ import (
 const (
 	// maxRetired bounds the superseded instances remembered per edge, so that a clone stays superseded when it comes back.
 	maxRetired = 8
+	// retiredShown is how long after it was last heard from a superseded instance is shown.
+	retiredShown = 10 * time.Minute
 	// maxProofs bounds the proofs asked of the source at one time.
 	maxProofs = 32
 )
@@ -67,8 +69,36 @@ type record struct {
 	// state was handed out last; Online is false once active has ended.
 	state EdgeState
 	known bool // state is set
-	// retired are instances that were superseded here, oldest first, with what they last said.
-	retired []EdgeState
+	// retired are instances that were superseded here, oldest first.
+	retired []retired
+}
+
+// retired is a superseded instance with what it last said. Most are gone: an agent that starts again after a power cut is
+// another instance, while its old connection may still look alive.
+type retired struct {
+	EdgeState
+	// heard: it lived on after another took over. Then there are two boxes with one identity, and somebody should know.
+	heard bool
+}
+
+// outlived notes that a superseded instance lives.
+func (r *record) outlived(instance string, now time.Time) {
+	for i := range r.retired {
+		if r.retired[i].Instance == instance {
+			r.retired[i].heard, r.retired[i].LastContact = true, now
+		}
+	}
+}
+
+// rivals are the superseded instances that live, or did until a while ago.
+func (r *record) rivals(now time.Time) []EdgeState {
+	var all []EdgeState
+	for _, i := range r.retired {
+		if i.heard && now.Sub(i.LastContact) < retiredShown {
+			all = append(all, i.EdgeState)
+		}
+	}
+	return all
 }
 
 var _ broker.Virtual = (*Mirror)(nil)
@@ -307,7 +337,8 @@ func (m *Mirror) claim(c *conn) (superseded bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	r := m.record(c.edge)
-	if slices.ContainsFunc(r.retired, func(s EdgeState) bool { return s.Instance == c.instance() }) {
+	if slices.ContainsFunc(r.retired, func(i retired) bool { return i.Instance == c.instance() }) {
+		r.outlived(c.instance(), time.Now())
 		return true, nil
 	}
 	old := r.active
@@ -319,7 +350,7 @@ func (m *Mirror) claim(c *conn) (superseded bool, err error) {
 	case old.instance() != c.instance():
 		state := old.state()
 		state.Superseded = true
-		r.retired = append(r.retired, state)
+		r.retired = append(r.retired, retired{EdgeState: state})
 		r.retired = r.retired[max(0, len(r.retired)-maxRetired):]
 		old.order("", true)
 	case old.hello().Session >= c.hello().Session:
@@ -329,6 +360,13 @@ func (m *Mirror) claim(c *conn) (superseded bool, err error) {
 	}
 	r.active = c
 	return false, nil
+}
+
+// outlived notes that the superseded instance of c lives.
+func (m *Mirror) outlived(c *conn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.record(c.edge).outlived(c.instance(), time.Now())
 }
 
 // attend makes the connection of a plain device that of its edge, if the edge has none.
@@ -373,7 +411,7 @@ func (m *Mirror) ended(c *conn, tell bool) {
 }
 
 // Edges returns what is known of every Edge, sorted by name: those connected here, those that were, and those of which only
-// the source knows. Superseded instances follow the one that took over.
+// the source knows. Superseded instances that live on, or did in the last ten minutes, follow the one that took over.
 func (m *Mirror) Edges() []EdgeState {
 	var all []EdgeState
 	known := m.cfg.Cache.Edges()
@@ -390,7 +428,7 @@ func (m *Mirror) Edges() []EdgeState {
 			s.LastContact = time.Now()
 		}
 		all = append(all, s)
-		all = append(all, r.retired...)
+		all = append(all, r.rivals(time.Now())...)
 	}
 	return all
 }

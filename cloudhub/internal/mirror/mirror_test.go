@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -208,6 +209,70 @@ func TestLaterInstanceSupersedes(t *testing.T) {
 	}
 	cutSecond()
 	eventually(t, "the end of the second is reported", func() bool { return !h.source.state("e1").Online })
+}
+
+// Without it, every power cut would leave a row "Superseded" for ever, and nobody would look at a real one any more.
+func TestDeadInstanceIsNotShownAsSuperseded(t *testing.T) {
+	f := newFleet()
+	h := f.hub(t, "hub", newCache("e1"), &source{}, nil)
+	h.cache.SetPod(pod("e1", "web", "web:1"))
+	before, after := f.box(t, "e1"), f.box(t, "e1")
+	address, freeze := mortalLink(t, h.address)
+	before.connect(address)
+	before.waitFor("POD/web")
+	freeze()
+	after.connect(h.address)
+	after.waitFor("POD/web")
+	eventually(t, "the dead connection is given up", func() bool { s := h.Stats(); return s.Superseded == 1 && s.Connections == 1 })
+	if edges := h.Edges(); len(edges) != 1 || edges[0].Superseded || !edges[0].Online {
+		t.Errorf("edges = %+v, want the one box", edges)
+	}
+}
+
+// mortalLink is a way to a hub that can die as a power cut leaves it: nothing moves any more, and no end tells.
+func mortalLink(t *testing.T, hub string) (address string, freeze func()) {
+	t.Helper()
+	door, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var frozen atomic.Bool
+	var running sync.WaitGroup
+	end, stop := context.WithCancel(context.Background())
+	carry := func(to, from net.Conn) {
+		buf := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buf)
+			if frozen.Load() {
+				<-end.Done()
+			}
+			if err != nil {
+				break
+			}
+			if _, err := to.Write(buf[:n]); err != nil {
+				break
+			}
+		}
+		_ = errors.Join(to.Close(), from.Close())
+	}
+	running.Go(func() {
+		for {
+			near, err := door.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", hub)
+			if err != nil || frozen.Load() {
+				_ = near.Close()
+				continue
+			}
+			running.Go(func() { carry(near, far) })
+			running.Go(func() { carry(far, near) })
+			context.AfterFunc(end, func() { _ = errors.Join(near.Close(), far.Close()) })
+		}
+	})
+	t.Cleanup(func() { stop(); _ = door.Close(); running.Wait() })
+	return door.Addr().String(), func() { frozen.Store(true) }
 }
 
 // Without it, a connection that died unnoticed would make the agent's next one look like an intruder.

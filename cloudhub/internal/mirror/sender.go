@@ -21,6 +21,8 @@ const (
 	contact = 30 * time.Second
 	// proofTimeout bounds one proof.
 	proofTimeout = time.Minute
+	// farewellTime is how long a superseded instance may take to answer before its connection is closed: one that does, lives.
+	farewellTime = 10 * time.Second
 	// proofPause is the first pause after a proof that failed; it doubles up to proofPauseMax.
 	proofPause    = time.Second
 	proofPauseMax = 30 * time.Second
@@ -39,6 +41,13 @@ type sender struct {
 	listAt time.Time
 
 	acksFull, acksOn bool
+
+	// The farewell to an instance that was superseded while it was connected: how many bytes it had sent before, why and when
+	// its connection is closed.
+	farewell bool
+	received uint64
+	ending   string
+	endAt    time.Time
 
 	plain plainState
 
@@ -75,6 +84,9 @@ func (m *Mirror) serve(ctx context.Context, c *conn) {
 	cancel()
 	s.proofs.Wait()
 	s.view.Close()
+	if s.farewell && c.Received() > s.received {
+		m.outlived(c)
+	}
 	if s.session != nil {
 		m.counters.sessions.Add(-1)
 		s.sync(false)
@@ -144,6 +156,13 @@ func (s *sender) step(proofs context.Context, now time.Time) (busy bool, err err
 	in := s.c.take()
 	if in.close != "" {
 		return false, errors.New(in.close)
+	}
+	if s.ending != "" {
+		if !now.Before(s.endAt) {
+			return false, errors.New(s.ending)
+		}
+		s.by(s.endAt)
+		return false, nil
 	}
 	fresh := s.look(now)
 	if !s.snap.Synced {
@@ -248,6 +267,7 @@ func (s *sender) supersede(now time.Time) {
 // syncRound feeds the session and sends what it wants sent.
 func (s *sender) syncRound(proofs context.Context, now time.Time, in inbox, fresh bool) (busy bool, err error) {
 	if in.supersede {
+		s.farewell, s.received = true, s.c.Received()
 		s.supersede(now)
 	} else if err := s.held(now); err != nil {
 		return false, err
@@ -276,7 +296,13 @@ func (s *sender) syncRound(proofs context.Context, now time.Time, in inbox, fres
 		case desired.Prove:
 			s.wanted = true
 		case desired.Close:
-			return false, errors.New(a.Reason)
+			if !s.farewell {
+				return false, errors.New(a.Reason)
+			}
+			s.ending, s.endAt = a.Reason, now.Add(farewellTime)
+			s.sync(false)
+			s.by(s.endAt)
+			return false, nil
 		}
 	}
 	s.prove(proofs, now)

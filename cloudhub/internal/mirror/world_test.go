@@ -297,8 +297,12 @@ func (b *box) serve(ctx context.Context, s *mqttconn.Session) error {
 			}
 		}
 		b.mu.Lock()
-		b.superseded = b.superseded || b.replica.Status().Superseded
+		superseded := b.replica.Status().Superseded
+		b.superseded = b.superseded || superseded
 		b.mu.Unlock()
+		if superseded {
+			return errors.New("another instance took over")
+		}
 		timer := time.NewTimer(time.Hour)
 		if d := b.replica.Deadline(); !d.IsZero() {
 			timer.Reset(time.Until(d))
