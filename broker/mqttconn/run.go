@@ -8,9 +8,11 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	mrand "math/rand/v2"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"syscall"
@@ -180,6 +182,13 @@ func (cfg Config) handshake(t *transport) error {
 	if err := pk.Write(t); err != nil {
 		return fmt.Errorf("send CONNECT: %w", err)
 	}
+	first, err := t.reader.Peek(1)
+	if err != nil {
+		return fmt.Errorf("read CONNACK: %w", err)
+	}
+	if first[0] != packets.Connack<<4 {
+		return fmt.Errorf("%w: CONNECT was answered with %#x", errNotMQTT, first[0])
+	}
 	answer, err := readPacket(t.reader, cfg.MaxPacket)
 	if err != nil {
 		return fmt.Errorf("read CONNACK: %w", err)
@@ -193,6 +202,9 @@ func (cfg Config) handshake(t *transport) error {
 	}
 	return nil
 }
+
+// errNotMQTT says that something answers, but not as a hub does where the URL's scheme is right.
+var errNotMQTT = errors.New("the answer is not MQTT")
 
 // refusal is a CONNACK return code other than accepted.
 type refusal byte
@@ -231,5 +243,29 @@ func explain(err error, u *url.URL, user string) error {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("hub %s does not answer: check the address, the network and firewalls between: %w", host, err)
 	}
+	if hint := wrongDoor(err, u.Scheme); hint != "" {
+		return fmt.Errorf("%s answers, but not to %s://: %s: %w", host, u.Scheme, hint, err)
+	}
 	return fmt.Errorf("connect to hub %s: %w", host, err)
+}
+
+// wrongDoor says what the URL should be if the error is that of a door which speaks something else than the scheme; empty if
+// nothing hints at that.
+func wrongDoor(err error, scheme string) string {
+	var noTLS tls.RecordHeaderError
+	foreign := errors.Is(err, errNotMQTT)
+	closed := errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
+	switch {
+	case errors.As(err, &noTLS), errors.Is(err, http.ErrSchemeMismatch):
+		return "it speaks no TLS: correct the port, or write tcp:// (or ws://) if the link is meant to be open"
+	case scheme == "tcp" && (foreign || closed):
+		return "write tls:// if that port wants TLS, or ws://host:port/mqtt if it is the hub's HTTP address"
+	case scheme == "tls" && (foreign || closed):
+		return "write tcp:// if that port wants no TLS, or wss://host:port/mqtt if it is the hub's HTTPS address"
+	case scheme == "ws" && (foreign || closed):
+		return "write wss:// if that port wants TLS, and end the address with /mqtt"
+	case scheme == "wss" && foreign:
+		return "end the address with /mqtt"
+	}
+	return ""
 }

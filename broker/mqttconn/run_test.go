@@ -559,3 +559,37 @@ func TestSchemes(t *testing.T) {
 		}
 	})
 }
+
+// Whoever writes the scheme of another door must be told which one it is: the plain errors are "EOF" and "got 400".
+func TestWrongSchemesAreExplained(t *testing.T) {
+	tlsWeb := httptest.NewUnstartedServer(nil)
+	plain, tcp, _ := hub(t, broker.Config{})
+	tlsWeb.Config.Handler = plain.WebSocket()
+	tlsWeb.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
+	tlsWeb.Config.ReadHeaderTimeout = 100 * time.Millisecond // CONNECT is the beginning of a line to it
+	tlsWeb.StartTLS()
+	t.Cleanup(tlsWeb.Close)
+	pool := x509.NewCertPool()
+	pool.AddCert(tlsWeb.Certificate())
+	_, secure, _ := hub(t, broker.Config{Listeners: []broker.Listener{{Name: "tcp", Address: "127.0.0.1:0", TLS: &tls.Config{Certificates: tlsWeb.TLS.Certificates}}}})
+	web := httptest.NewUnstartedServer(plain.WebSocket())
+	web.Config.ReadHeaderTimeout = tlsWeb.Config.ReadHeaderTimeout
+	web.Start()
+	t.Cleanup(web.Close)
+	for _, c := range []struct{ url, want string }{
+		{"tcp://" + secure.String(), "write tls://"},
+		{"tcp://" + web.Listener.Addr().String(), "ws://host:port/mqtt"},
+		{"tls://" + tcp.String(), "write tcp://"},
+		{"tls://" + tlsWeb.Listener.Addr().String(), "wss://host:port/mqtt"},
+		{"ws://" + tlsWeb.Listener.Addr().String() + "/mqtt", "write wss://"},
+		{"ws://" + tcp.String() + "/mqtt", "end the address with /mqtt"},
+		{"wss://" + web.Listener.Addr().String() + "/mqtt", "speaks no TLS"},
+	} {
+		states := make(chan mqttconn.State, 100)
+		connect(t, mqttconn.Config{URL: c.url, TLS: &tls.Config{RootCAs: pool}, RetryMin: time.Hour, RetryMax: time.Hour}, nil, func(s mqttconn.State) { states <- s })
+		s := receive(t, states, c.url)
+		if s.Err == nil || !strings.Contains(s.Err.Error(), c.want) {
+			t.Errorf("%s: %v\nwant %q", c.url, s.Err, c.want)
+		}
+	}
+}

@@ -139,10 +139,13 @@ func dialWebSocket(ctx context.Context, u *url.URL, cfg *tls.Config, stall time.
 			return m, nil
 		},
 	}
-	ws, _, err := websocket.Dial( //nolint:bodyclose // the library closes it: "You never need to close resp.Body yourself"
+	ws, answer, err := websocket.Dial( //nolint:bodyclose // the library closes it: "You never need to close resp.Body yourself"
 		ctx, u.String(), &websocket.DialOptions{
 			HTTPClient: &http.Client{Transport: ht}, Subprotocols: []string{"mqtt"}, CompressionMode: websocket.CompressionDisabled,
 		})
+	if err != nil && answer != nil {
+		return nil, fmt.Errorf("%w: %w", errNotMQTT, err)
+	}
 	if err != nil {
 		return nil, err
 	}
