@@ -85,6 +85,10 @@ func newAgent(cfg Config, log *slog.Logger, logs *logRing) (a *agent, err error)
 	return a, a.openDoors(state)
 }
 
+// outboxReserve is the free space that telemetry leaves on the disk. It is more than the store of desired state needs to
+// begin a session: a disk that telemetry could fill to the end would keep the link down that takes the telemetry away.
+const outboxReserve = 48 << 20
+
 // openState opens what is kept on disk.
 func (a *agent) openState(state stateDir) error {
 	var moved string
@@ -95,7 +99,7 @@ func (a *agent) openState(state stateDir) error {
 	if moved != "" {
 		a.warn("desired state was unreadable and was moved aside; everything is fetched again from the hub", "moved", moved)
 	}
-	a.outbox, err = outbox.Open(state.outbox(), outbox.Config{Logger: a.log.With("part", "outbox"), Quotas: a.cfg.quotas()})
+	a.outbox, err = outbox.Open(state.outbox(), outbox.Config{Logger: a.log.With("part", "outbox"), Quotas: a.cfg.quotas(), Reserve: outboxReserve})
 	if err != nil {
 		return explainDisk(fmt.Errorf("open outbox: %w", err))
 	}

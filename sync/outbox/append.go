@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 
 	"github.com/longshore-edge/longshore/sync/frame"
 )
@@ -267,8 +268,13 @@ func (l *Log) commit(w *writer, group []*request) error {
 	if err := l.makeRoom(w, int64(len(data))); err != nil {
 		return &diskError{err}
 	}
-	if err := l.write(w, t, first, data); err != nil {
-		l.abandon(w, t)
+	err = l.checkSpace(int64(len(data)))
+	if err == nil {
+		if err = l.write(w, t, first, data); err != nil {
+			l.abandon(w, t)
+		}
+	}
+	if err != nil {
 		return &diskError{fmt.Errorf("%w (free space below %s, or lower the streams' quotas, if the disk is full)", err, l.dir)}
 	}
 	l.mu.Lock()
@@ -281,6 +287,21 @@ func (l *Log) commit(w *writer, group []*request) error {
 	t.next = first + uint64(len(accepted))
 	s.next, s.newest, s.bytes = t.next, at, s.bytes+int64(len(data))
 	l.wake()
+	return nil
+}
+
+// checkSpace refuses n bytes more that would eat into the reserve.
+func (l *Log) checkSpace(n int64) error {
+	if l.cfg.Reserve == 0 {
+		return nil
+	}
+	free, err := l.disk.Free(l.dir)
+	if err != nil {
+		return fmt.Errorf("ask for the free space of %s: %w", l.dir, err)
+	}
+	if free-n < l.cfg.Reserve {
+		return fmt.Errorf("%w: %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, free>>20, l.cfg.Reserve>>20)
+	}
 	return nil
 }
 

@@ -23,6 +23,8 @@ type disk interface {
 	List(path string) ([]string, error)
 	// SyncDir makes creations, renames and removals in a directory durable.
 	SyncDir(path string) error
+	// Free returns the bytes that may still be written to the file system of path.
+	Free(path string) (int64, error)
 	// Lock takes a file's lock until the closer is closed; it fails with errLocked.
 	Lock(path string) (io.Closer, error)
 }
@@ -79,6 +81,14 @@ func (osDisk) SyncDir(path string) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
+}
+
+func (osDisk) Free(path string) (int64, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return 0, err
+	}
+	return int64(fs.Bavail) * int64(fs.Bsize), nil //nolint:unconvert // the types differ between architectures
 }
 
 func (osDisk) Lock(path string) (io.Closer, error) {

@@ -54,6 +54,8 @@ type Config struct {
 	MaxRecord int
 	// SegmentBytes (4 MiB).
 	SegmentBytes int64
+	// Reserve is the bytes that appends leave free on the file system, for what else needs room there (0).
+	Reserve int64
 }
 
 const (

@@ -307,6 +307,28 @@ func TestFullDisk(t *testing.T) {
 	b.settle()
 }
 
+// Telemetry must leave room to what else is on the disk, or a box that it filled up could not even connect to deliver it.
+func TestReserveIsLeftFree(t *testing.T) {
+	const reserve = 40_000
+	b := newBox(t, 1, Config{SegmentBytes: 8 << 10, Reserve: reserve})
+	text := func(i int) string { return fmt.Sprintf("%d %s", i, randomText(900)) }
+	if !b.open() {
+		t.Fatal()
+	}
+	b.disk.limited, b.disk.space = true, 60_000
+	var err error
+	for n := 0; err == nil && n < 100; n++ {
+		err = b.append("s", 1, text)
+	}
+	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "free space") || b.disk.space < reserve || len(b.promised) < 10 {
+		t.Fatalf("%d records promised, %d bytes free, %v", len(b.promised), b.disk.space, err)
+	}
+	b.settle()
+	if err := b.append("s", 1, text); err != nil {
+		t.Fatalf("after room was given back: %v", err)
+	}
+}
+
 // After a failed fsync the kernel may have thrown the pages away and say so never again: what comes later must not build
 // on them.
 func TestFailedSyncAbandonsTheSegment(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -216,6 +217,15 @@ func (d *simDisk) List(path string) ([]string, error) {
 	}
 	slices.Sort(names)
 	return slices.Compact(names), nil
+}
+
+func (d *simDisk) Free(string) (int64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.limited {
+		return math.MaxInt64, nil
+	}
+	return int64(d.space), nil
 }
 
 func (d *simDisk) SyncDir(path string) error {
