@@ -56,14 +56,22 @@ type Message struct {
 	Payload  []byte
 	QoS      byte
 	Retain   bool
+	// Version is the client's protocol level: 3 and 4 are MQTT 3.1 and 3.1.1, 5 is MQTT 5; 0 for a will, which nobody waits for.
+	Version byte
 	// Expiry etc. of MQTT 5 are kept by the broker for the fan-out.
 }
 
 // Store is called with batches of what clients published, in the order in which they arrived, by one goroutine.
 // When it returns, each message whose verdict is nil is acknowledged (QoS 1 and 2) and then fanned out to subscribers;
 // a message whose verdict is an error is not, and its client's connection is closed, because an MQTT 3.1.1 client
-// resends only on reconnect. len(verdicts) == len(batch). A nil Store accepts everything at once.
+// resends only on reconnect. A verdict that wraps ErrUnstorable keeps the connection. len(verdicts) == len(batch). A nil Store
+// accepts everything at once.
 type Store func(ctx context.Context, batch []Message) (verdicts []error)
+
+// ErrUnstorable is the verdict on a message that can never be stored: sending it again would be the same for ever. An MQTT 5 client
+// is told with reason code 0x97 (quota exceeded). An earlier protocol has no word for it, so its client is answered as if the
+// message was stored; the Store has to account for that. Either way it is not fanned out. The Store logs it.
+var ErrUnstorable = errors.New("message can never be stored")
 
 // Virtual owns every topic under longshore/v1/ (topic.Root): such messages are never stored, retained or
 // fanned out by the broker. Its methods are called on the connection's read goroutine and must not block: they note and

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
@@ -117,7 +118,7 @@ func (b *Broker) store(ctx context.Context, batch []pending) []error {
 	}
 	ms := make([]Message, len(batch))
 	for i, p := range batch {
-		ms[i] = Message{From: p.m.from, ClientID: p.m.client, Topic: p.m.topic, Payload: p.m.payload, QoS: p.m.qos, Retain: p.m.retain}
+		ms[i] = Message{From: p.m.from, ClientID: p.m.client, Topic: p.m.topic, Payload: p.m.payload, QoS: p.m.qos, Retain: p.m.retain, Version: p.m.version}
 	}
 	verdicts := b.cfg.Store(ctx, ms)
 	if len(verdicts) != len(batch) {
@@ -126,14 +127,25 @@ func (b *Broker) store(ctx context.Context, batch []pending) []error {
 	return verdicts
 }
 
-// settle acknowledges and fans out an accepted message, or ends the connection of a refused one.
+// settle acknowledges and fans out an accepted message, answers an unstorable one, or ends the connection of a refused one.
 func (b *Broker) settle(p pending, refused error) {
+	unstorable := errors.Is(refused, ErrUnstorable)
+	told := unstorable && p.m.version == 5
 	owed := p.conn
 	if p.m.qos == 2 && p.conn != nil {
-		owed = p.conn.session.stored(p.id, refused == nil)
+		owed = p.conn.session.stored(p.id, refused == nil || unstorable && !told)
 	}
 	if refused != nil {
 		b.stats.refused.Add(1)
+	}
+	switch {
+	case told && owed != nil && p.m.qos > 0:
+		owed.refuse(ackOf(p.m.qos), p.id)
+		return
+	case unstorable:
+		owed.settled(p)
+		return
+	case refused != nil:
 		if p.conn == nil || p.conn.closeReason() == "" { // else one line was enough
 			b.log.Warn("message not stored", "client", p.m.client, "topic", p.m.topic, "error", refused)
 		}
@@ -144,14 +156,36 @@ func (b *Broker) settle(p pending, refused error) {
 		}
 		return
 	}
-	switch {
-	case owed == nil:
-	case p.m.qos == 0:
-		<-owed.slots
-	case p.m.qos == 1:
-		owed.acknowledge(packets.Puback, p.id)
-	default:
-		owed.acknowledge(packets.Pubrec, p.id)
-	}
+	owed.settled(p)
 	b.fanOut(p.m)
+}
+
+// settled acknowledges a message, if anybody is owed that.
+func (c *Conn) settled(p pending) {
+	switch {
+	case c == nil:
+	case p.m.qos == 0:
+		<-c.slots
+	default:
+		c.acknowledge(ackOf(p.m.qos), p.id)
+	}
+}
+
+// refuse queues a PUBACK or PUBREC of MQTT 5 that says that the message was not taken; the PUBLISH's slot is freed once it is
+// written.
+func (c *Conn) refuse(kind byte, id uint16) {
+	c.mu.Lock()
+	c.acks = append(c.acks, packets.Packet{
+		FixedHeader: packets.FixedHeader{Type: kind}, PacketID: id, ReasonCode: packets.ErrQuotaExceeded.Code,
+	})
+	c.mu.Unlock()
+	c.poke()
+}
+
+// ackOf is the packet that acknowledges a PUBLISH of QoS 1 or 2.
+func ackOf(qos byte) byte {
+	if qos == 1 {
+		return packets.Puback
+	}
+	return packets.Pubrec
 }

@@ -267,6 +267,7 @@ func (b *Broker) accept(c *Conn, pk packets.Packet) error {
 	m := &message{
 		origin: c.session.key, from: c.identity, client: c.login.ClientID,
 		topic: pk.TopicName, payload: pk.Payload, qos: pk.FixedHeader.Qos, retain: pk.FixedHeader.Retain, expiry: pk.Expiry,
+		version: pk.ProtocolVersion,
 	}
 	if pk.ProtocolVersion == 5 {
 		props := pk.Properties

@@ -29,6 +29,7 @@ type message struct {
 	payload []byte
 	qos     byte
 	retain  bool
+	version byte                // of the publisher's protocol; 0: a will or the broker's own
 	expiry  int64               // Unix seconds; 0: never (MQTT 5 message expiry)
 	props   *packets.Properties // nil if none
 }

@@ -13,12 +13,15 @@ import (
 	"github.com/longshore-edge/longshore/broker"
 )
 
-// disk is a Store that keeps what it is given in memory, refuses payloads that say "refuse", and can be held.
+// disk is a Store that keeps what it is given in memory, refuses payloads that say "refuse" or, for ever, "never", and can be
+// held.
 type disk struct {
 	mu   sync.Mutex
 	kept []broker.Message
 	gate chan struct{} // if not nil, every batch takes one token first
 	now  int           // messages handed over at this moment
+	// never are the versions of the clients whose messages can never be stored.
+	never []byte
 }
 
 func (d *disk) store(ctx context.Context, batch []broker.Message) []error {
@@ -39,6 +42,11 @@ func (d *disk) store(ctx context.Context, batch []broker.Message) []error {
 	for i, m := range batch {
 		if string(m.Payload) == "refuse" {
 			verdicts[i] = errors.New("quota full")
+			continue
+		}
+		if string(m.Payload) == "never" {
+			verdicts[i] = fmt.Errorf("for version %d: %w", m.Version, broker.ErrUnstorable)
+			d.never = append(d.never, m.Version)
 			continue
 		}
 		d.kept = append(d.kept, m)
@@ -121,6 +129,42 @@ func TestRefusedMessageIsNotAcknowledged(t *testing.T) {
 				dial(t, addr, options{id: "q"}).publish("t", "fine", 1, 1)
 				if got := string(s.next(packets.Publish).Payload); got != "fine" {
 					t.Errorf("fanned out %q", got)
+				}
+			})
+		}
+	}
+}
+
+// A message that can never be stored would close its device's connection again and again, as the device sends it anew each
+// time, and nothing else of that device would come through.
+func TestUnstorableMessageIsSentOnce(t *testing.T) {
+	for _, version := range []byte{4, 5} {
+		for _, qos := range []byte{0, 1, 2} {
+			t.Run(fmt.Sprintf("v%d QoS %d", version, qos), func(t *testing.T) {
+				d := &disk{}
+				b, addr := serve(t, broker.Config{Store: d.store, MaxPending: 2})
+				s := dial(t, addr, options{id: "s"})
+				s.subscribe(1, "#")
+				p := dial(t, addr, options{id: "p", version: version})
+				reason := map[byte]byte{4: 0, 5: packets.ErrQuotaExceeded.Code}[version]
+				for id := range uint16(5) { // more than may wait: their places must be free again
+					if err := p.send("t", "never", qos, min(id+1, uint16(qos)*10), false); err != nil {
+						t.Fatal(err)
+					}
+					if qos == 0 {
+						continue
+					}
+					ack := p.next(map[byte]byte{1: packets.Puback, 2: packets.Pubrec}[qos])
+					if ack.PacketID != id+1 || ack.ReasonCode != reason {
+						t.Fatalf("acknowledged id %d with reason %#x", ack.PacketID, ack.ReasonCode)
+					}
+				}
+				p.publish("t", "fine", 1, 9)
+				if got := string(s.next(packets.Publish).Payload); got != "fine" {
+					t.Errorf("fanned out %q", got)
+				}
+				if got := d.payloads(); !slices.Equal(got, []string{"fine"}) || b.Stats().Refused != 5 || d.never[0] != version {
+					t.Errorf("stored %q, %d refused of version %d", got, b.Stats().Refused, d.never[0])
 				}
 			})
 		}
