@@ -70,11 +70,10 @@ func (b *bench) record(f figure, value float64) {
 		b.results = append(b.results, &result{})
 	}
 	r := b.results[i]
-	samples := append(r.samples, value)
-	sorted := slices.Sorted(slices.Values(samples))
-	*r = result{
-		figure: f, Median: quantile(sorted, 0.5), Min: sorted[0], Max: sorted[len(sorted)-1], Runs: len(sorted), samples: samples,
-	}
+	r.samples = append(r.samples, value)
+	sorted := slices.Sorted(slices.Values(r.samples))
+	r.figure, r.Runs = f, len(sorted)
+	r.Median, r.Min, r.Max = quantile(sorted, 0.5), sorted[0], sorted[len(sorted)-1]
 	r.OK = f.Reach.ok(r.Median)
 	fmt.Printf("   %s: %s %s\n", f.Name, number(value), f.Unit)
 }
@@ -120,7 +119,7 @@ func (r *result) verdict() string {
 }
 
 // print the figures of this go.
-func (rs results) print(w io.Writer) {
+func (rs results) print(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "\nFIGURE\tMEDIAN\tMIN\tMAX\tUNIT\tRUNS\tREACH\tOK\tWHAT")
 	for _, r := range rs {
@@ -129,7 +128,7 @@ func (rs results) print(w io.Writer) {
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", r.Name, number(r.Median), number(r.Min), number(r.Max), r.Unit, r.Runs, r.Reach, r.verdict(), r.What)
 	}
-	t.Flush()
+	return t.Flush()
 }
 
 func (rs results) write(file string) error {

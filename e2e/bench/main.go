@@ -87,15 +87,15 @@ func main() {
 		size = quick()
 	}
 	size.runs, size.hollow, size.records = cmp.Or(*runs, size.runs), cmp.Or(*hollow, size.hollow), cmp.Or(*records, size.records)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, *bin, *only, *skip, *out, *markdown, size); err != nil {
+	if err := run(*bin, *only, *skip, *out, *markdown, size); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, bin, only, skip, out, markdown string, size sizes) error {
+func run(bin, only, skip, out, markdown string, size sizes) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
 	bin, err := filepath.Abs(bin)
 	if err != nil {
 		return err
@@ -118,8 +118,7 @@ func run(ctx context.Context, bin, only, skip, out, markdown string, size sizes)
 	if err != nil {
 		return err
 	}
-	b.results.print(os.Stdout)
-	if err := b.results.write(out); err != nil {
+	if err := errors.Join(b.results.print(os.Stdout), b.results.write(out)); err != nil {
 		return err
 	}
 	if markdown != "" {
