@@ -21,7 +21,12 @@ type Query struct {
 	From, To time.Time
 	// Limit of records or ledger entries; 0 = none.
 	Limit int
+	// After goes on behind a record that Records gave before; zero = from the start. The ledger knows none.
+	After inbox.ID
 }
+
+// ErrNoPosition says that Query.After is no record of what the query selects.
+var ErrNoPosition = errors.New("after names no record of this selection")
 
 // prefix of the keys of a kind that q may select.
 func (q Query) prefix(kind byte) []byte {
@@ -41,7 +46,9 @@ func (q Query) covers(ns int64) bool {
 var errEnough = errors.New("limit reached")
 
 // Records streams records in order of (edge, stream, epoch start, sequence) to f until f returns an error, which Records
-// returns. It sees the store as it was at the call. Payload is valid until f returns.
+// returns. It sees the store as it was at the call. Payload is valid until f returns. The error is ErrNoPosition, and f is not
+// called, if q.After is of another edge or stream, or of an epoch never heard of; a record that retention has deleted since is
+// as good as any.
 func (i *Intake) Records(ctx context.Context, q Query, f func(inbox.Record) error) error {
 	done, err := i.use()
 	if err != nil {
@@ -73,9 +80,16 @@ func (i *Intake) Records(ctx context.Context, q Query, f func(inbox.Record) erro
 func (i *Intake) scan(ctx context.Context, q Query, kind byte, begin func(*badger.Txn) func(p place, first uint64, v []byte) error) error {
 	return i.db.View(func(txn *badger.Txn) error {
 		visit := begin(txn)
+		start := q.prefix(kind)
+		if kind == keyData && q.After != (inbox.ID{}) {
+			var err error
+			if start, err = q.start(txn); err != nil {
+				return err
+			}
+		}
 		it := txn.NewIterator(badger.IteratorOptions{Prefix: q.prefix(kind), PrefetchValues: true, PrefetchSize: 16})
 		defer it.Close()
-		for it.Rewind(); it.Valid(); it.Next() {
+		for it.Seek(start); it.Valid(); it.Next() {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -92,6 +106,45 @@ func (i *Intake) scan(ctx context.Context, q Query, kind byte, begin func(*badge
 		}
 		return nil
 	})
+}
+
+// start returns the key of the stored frame that q.After is in, or of where it was.
+func (q Query) start(txn *badger.Txn) ([]byte, error) {
+	a := q.After
+	if q.Edge != "" && q.Edge != a.Edge || q.Stream != "" && q.Stream != a.Stream {
+		return nil, ErrNoPosition
+	}
+	item, err := txn.Get(append(edgePrefix(keyEpoch, a.Edge), a.Epoch[:]...))
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return nil, ErrNoPosition
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read store: %w", err)
+	}
+	p := place{edge: a.Edge, stream: a.Stream}
+	err = item.Value(func(v []byte) error {
+		if len(v) != 8 {
+			return errDamaged
+		}
+		p.ordinal = binary.BigEndian.Uint64(v)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	start := p.key(keyData, a.Seq)
+	back := txn.NewIterator(badger.IteratorOptions{Reverse: true, Prefix: p.prefix(keyData)})
+	defer back.Close()
+	if back.Seek(start); back.Valid() {
+		start = back.Item().KeyCopy(nil)
+	}
+	return start, nil
+}
+
+// passed reports whether a record is q.After or stands before it in the same stream and epoch.
+func (q Query) passed(id inbox.ID) bool {
+	a := q.After
+	return id.Edge == a.Edge && id.Stream == a.Stream && id.Epoch == a.Epoch && id.Seq <= a.Seq
 }
 
 // recordsOf gives f the records of one stored frame that q selects.
@@ -128,7 +181,7 @@ func (i *Intake) recordsOf(p place, v []byte, q Query, clocks clockReader, f fun
 		if known {
 			rec.WallNs, rec.Quality = r.MonoNs+c.offset, c.quality
 		}
-		if q.covers(rec.WallNs) {
+		if q.covers(rec.WallNs) && !q.passed(rec.ID) {
 			failed = f(rec)
 		}
 		return failed == nil

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -332,6 +333,63 @@ func TestQueriesSelect(t *testing.T) {
 	cancel()
 	if err := s.Records(ctx, Query{}, func(inbox.Record) error { return nil }); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled query: %v", err)
+	}
+}
+
+// Without it, whoever reads telemetry in parts would miss records, or read some twice, where a part ends inside a frame, at the
+// end of a stream, or between records of one time.
+func TestQueriesGoOnAfterARecord(t *testing.T) {
+	s := openStore(t, Config{Dir: t.TempDir()})
+	for _, edge := range []string{"a", "a-b", "b"} {
+		for range 2 { // two starts of the edge
+			c := s.hello(edge)
+			epoch := make([]byte, 16)
+			if _, err := rand.Read(epoch); err != nil {
+				t.Fatal(err)
+			}
+			for _, stream := range []string{"s", "st"} {
+				mustReceive(t, c, marshal(t, &longshorepb.Telemetry{Epoch: epoch, Frames: [][]byte{
+					makeFrame(t, stream, 1, "1", "2", "3"), makeFrame(t, stream, 4, "4"), makeFrame(t, stream, 9, "9", "10"),
+				}}))
+			}
+			s.idle(t)
+			c.Close()
+		}
+	}
+	for _, q := range []Query{{}, {Edge: "a"}, {Stream: "st"}, {Edge: "a-b", Stream: "s"}} {
+		all := s.records(t, q)
+		for limit := range 8 {
+			var parts []inbox.ID
+			next := q
+			next.Limit = limit + 1
+			for {
+				part := s.records(t, next)
+				for _, r := range part {
+					parts = append(parts, r.ID)
+				}
+				if len(part) < next.Limit {
+					break
+				}
+				next.After = part[len(part)-1].ID
+			}
+			same := slices.EqualFunc(parts, all, func(id inbox.ID, r inbox.Record) bool { return id == r.ID })
+			if !same || len(all) == 0 {
+				t.Errorf("%+v in parts of %d: %d records, want the same %d", q, next.Limit, len(parts), len(all))
+			}
+		}
+	}
+	first := s.records(t, Query{Limit: 1})[0].ID
+	between := first
+	between.Seq = 7
+	if r := s.records(t, Query{After: between, Limit: 1}); len(r) != 1 || r[0].Seq != 9 || r[0].Epoch != first.Epoch {
+		t.Errorf("after a record that is not there (any more): %+v", r)
+	}
+	strange := first
+	strange.Epoch[0]++
+	for _, q := range []Query{{After: strange}, {After: first, Edge: "b"}, {After: first, Stream: "st"}} {
+		if err := s.Records(t.Context(), q, func(inbox.Record) error { return errors.New("called") }); !errors.Is(err, ErrNoPosition) {
+			t.Errorf("%+v: %v", q, err)
+		}
 	}
 }
 
