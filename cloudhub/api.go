@@ -24,8 +24,13 @@ import (
 	"github.com/longshore-edge/longshore/sync/inbox"
 )
 
-// maxRecords bounds the records of one answer; ask again with from for more.
-const maxRecords = 1_000_000
+const (
+	// standardRecords is the limit of an answer that names none, maxRecords the highest.
+	standardRecords = 1000
+	maxRecords      = 1_000_000
+	// trailerAfter is there if the limit cut the answer off: what to ask for with after= to go on.
+	trailerAfter = "Longshore-After"
+)
 
 // handler is everything behind the HTTP door.
 func (h *hub) handler() http.Handler {
@@ -194,13 +199,14 @@ func enumName(s, prefix string) string {
 	return strings.ToUpper(s[:1]) + s[1:]
 }
 
-// query reads edge, stream, from, to (RFC 3339) and limit.
-func query(r *http.Request) (intake.Query, error) {
+// query reads edge, stream, from, to (RFC 3339) and limit, and what else there is.
+func query(r *http.Request, more ...string) (intake.Query, error) {
 	v := r.URL.Query()
-	q := intake.Query{Edge: v.Get("edge"), Stream: v.Get("stream"), Limit: 1000}
+	q := intake.Query{Edge: v.Get("edge"), Stream: v.Get("stream"), Limit: standardRecords}
+	known := append([]string{"edge", "stream", "from", "to", "limit"}, more...)
 	for key := range v {
-		if !slices.Contains([]string{"edge", "stream", "from", "to", "limit"}, key) {
-			return q, fmt.Errorf("unknown parameter %q: there are edge, stream, from, to and limit", key)
+		if !slices.Contains(known, key) {
+			return q, fmt.Errorf("unknown parameter %q: there are %s", key, strings.Join(known, ", "))
 		}
 	}
 	for key, to := range map[string]*time.Time{"from": &q.From, "to": &q.To} {
@@ -255,16 +261,59 @@ func newRecordJSON(r inbox.Record) recordJSON {
 	return j
 }
 
+// position writes a record's identity as after= takes it: edge/stream/epoch/sequence.
+func position(id inbox.ID) string {
+	return fmt.Sprintf("%s/%s/%x/%d", id.Edge, id.Stream, id.Epoch, id.Seq)
+}
+
+func parsePosition(s string) (id inbox.ID, err error) {
+	parts := strings.Split(s, "/")
+	if len(parts) != 4 {
+		return id, fmt.Errorf("after=%q: want edge/stream/epoch/sequence of a record", s)
+	}
+	id.Edge, id.Stream = parts[0], parts[1]
+	epoch, err := hex.DecodeString(parts[2])
+	if err != nil || len(epoch) != len(id.Epoch) {
+		return id, fmt.Errorf("after=%q: the epoch is not 32 hexadecimal digits", s)
+	}
+	id.Epoch = [16]byte(epoch)
+	if id.Seq, err = strconv.ParseUint(parts[3], 10, 64); err != nil {
+		return id, fmt.Errorf("after=%q: the sequence is no number", s)
+	}
+	return id, nil
+}
+
+// errMore says that there is a record beyond the limit.
+var errMore = errors.New("limit reached")
+
 func (h *hub) telemetry(w http.ResponseWriter, r *http.Request) {
-	q, err := query(r)
+	q, err := query(r, "after")
+	if after := r.URL.Query().Get("after"); after != "" && err == nil {
+		q.After, err = parsePosition(after)
+	}
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
+	w.Header().Set("Trailer", trailerAfter)
 	lines := json.NewEncoder(w)
-	err = h.intake.Records(r.Context(), q, func(rec inbox.Record) error { return lines.Encode(newRecordJSON(rec)) })
-	if err != nil && !errors.Is(err, context.Canceled) {
+	limit, n, last := q.Limit, 0, inbox.ID{}
+	q.Limit = 0
+	err = h.intake.Records(r.Context(), q, func(rec inbox.Record) error {
+		if n++; n > limit {
+			return errMore
+		}
+		last = rec.ID
+		return lines.Encode(newRecordJSON(rec))
+	})
+	switch {
+	case errors.Is(err, errMore):
+		w.Header().Set(trailerAfter, position(last))
+	case errors.Is(err, intake.ErrNoPosition):
+		w.Header().Del("Trailer")
+		http.Error(w, err.Error()+": give what a line or the trailer "+trailerAfter+" said, and the same edge and stream", http.StatusBadRequest)
+	case err != nil && !errors.Is(err, context.Canceled):
 		// Part of the answer may be on its way: cut it off, so that nobody takes it for the whole.
 		h.log.Warn("telemetry query failed", "err", err)
 		panic(http.ErrAbortHandler)

@@ -34,8 +34,8 @@ func (c *client) flags() *pflag.FlagSet {
 	return f
 }
 
-// get asks for a path; the caller closes the body.
-func (c *client) get(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
+// get asks for a path; the caller closes the answer's body.
+func (c *client) get(ctx context.Context, path string, query url.Values) (*http.Response, error) {
 	if err := fill(c.settings, "", os.LookupEnv); err != nil {
 		return nil, usageError{err}
 	}
@@ -65,7 +65,7 @@ func (c *client) get(ctx context.Context, path string, query url.Values) (io.Rea
 		return nil, fmt.Errorf("no answer from the hub: %w (is \"cloudhub run\" running? name its --http address with --api)", err)
 	}
 	if res.StatusCode == http.StatusOK {
-		return res.Body, nil
+		return res, nil
 	}
 	defer res.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(res.Body, 4<<10))
@@ -96,12 +96,12 @@ func (c *client) transport() (*http.Transport, error) {
 }
 
 func (c *client) getJSON(ctx context.Context, path string, query url.Values, into any) error {
-	body, err := c.get(ctx, path, query)
+	res, err := c.get(ctx, path, query)
 	if err != nil {
 		return err
 	}
-	defer body.Close()
-	if err := json.NewDecoder(body).Decode(into); err != nil {
+	defer res.Body.Close()
+	if err := json.NewDecoder(res.Body).Decode(into); err != nil {
 		return fmt.Errorf("read the hub's answer: %w", err)
 	}
 	return nil

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,11 +28,14 @@ func (s *selection) bind(f *pflag.FlagSet) {
 	f.StringVar(&s.stream, "stream", "", "only this stream")
 	f.StringVar(&s.since, "since", "", "only from this time on: 2026-01-31T08:00:00Z, or 15m for the last 15 minutes")
 	f.StringVar(&s.until, "until", "", "only before this time, as --since")
-	f.IntVar(&s.limit, "limit", 1000, "at most so many records")
+	f.IntVar(&s.limit, "limit", 0, "at most so `many`; 0 is all")
 }
 
 func (s *selection) query(now time.Time) (url.Values, error) {
-	v := url.Values{"limit": {strconv.Itoa(s.limit)}}
+	if s.limit < 0 {
+		return nil, usagef("--limit %d: want a number of records, or 0 for all", s.limit)
+	}
+	v := url.Values{}
 	for key, value := range map[string]string{"edge": s.edge, "stream": s.stream} {
 		if value != "" {
 			v.Set(key, value)
@@ -61,7 +66,11 @@ func telemetryCommand() *cobra.Command {
 		Short: "Show telemetry that arrived",
 		Long: `Show telemetry that arrived, oldest first within each edge and stream: one JSON object per line (-o ndjson) or a table.
 
-  cloudhub telemetry --edge box-1 --stream vibration --since 15m | jq -r .payload`,
+  cloudhub telemetry --edge box-1 --stream vibration --since 15m | jq -r .payload
+
+It reads everything that matches, page by page. Programs get the same from the hub's GET /api/v1/telemetry, with edge,
+stream, from, to and limit (1000 unless told, 1000000 at most). If there is more than the limit, the answer ends with the HTTP
+trailer Longshore-After: pass its value, which is edge/stream/epoch/sequence of the last line, as after= to go on from there.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := oneOf("-o", output, "ndjson", "table"); err != nil {
@@ -71,18 +80,11 @@ func telemetryCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			body, err := c.get(cmd.Context(), "/api/v1/telemetry", q)
-			if err != nil {
-				return err
+			show := copyRecords
+			if output == "table" {
+				show = printRecords
 			}
-			defer body.Close()
-			if output == "ndjson" {
-				if _, err := io.Copy(cmd.OutOrStdout(), body); err != nil {
-					return fmt.Errorf("the answer broke off: %w", err)
-				}
-				return nil
-			}
-			return printRecords(cmd.OutOrStdout(), body)
+			return readRecords(cmd.Context(), &c, q, sel.limit, pageRecords, func(body io.Reader) error { return show(cmd.OutOrStdout(), body) })
 		},
 	}
 	cmd.Flags().AddFlagSet(c.flags())
@@ -90,6 +92,38 @@ func telemetryCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&output, "output", "o", "ndjson", "ndjson or table")
 	cmd.AddCommand(ledgerCommand())
 	return cmd
+}
+
+// pageRecords is how many records are asked for at a time: the hub's store is not held for as long as a slow reader takes.
+const pageRecords = 10_000
+
+// readRecords shows everything that q selects, limit records at most (0: all), a page at a time.
+func readRecords(ctx context.Context, c *client, q url.Values, limit, page int, show func(body io.Reader) error) error {
+	for left := limit; ; left -= page {
+		if limit > 0 {
+			page = min(page, left)
+		}
+		q.Set("limit", strconv.Itoa(page))
+		res, err := c.get(ctx, "/api/v1/telemetry", q)
+		if err != nil {
+			return err
+		}
+		err = show(res.Body)
+		res.Body.Close()
+		if err != nil {
+			return fmt.Errorf("the answer broke off: %w", err)
+		}
+		after := res.Trailer.Get(trailerAfter)
+		if after == "" || limit > 0 && page == left {
+			return nil
+		}
+		q.Set("after", after)
+	}
+}
+
+func copyRecords(w io.Writer, body io.Reader) error {
+	_, err := io.Copy(w, body)
+	return err
 }
 
 func printRecords(w io.Writer, body io.Reader) error {
@@ -103,7 +137,7 @@ func printRecords(w io.Writer, body io.Reader) error {
 			return t.Flush()
 		}
 		if err != nil {
-			return fmt.Errorf("the answer broke off: %w", err)
+			return err
 		}
 		payload := fmt.Sprintf("(%d bytes)", len(r.PayloadBase64))
 		if r.Payload != nil {
@@ -131,6 +165,7 @@ ledgered with a reason; OPEN ones still wait on the edge. Below the sums stand t
 			if err != nil {
 				return err
 			}
+			q.Set("limit", strconv.Itoa(cmp.Or(sel.limit, maxRecords)))
 			var l ledgerJSON
 			if err := c.getJSON(cmd.Context(), "/api/v1/ledger", q, &l); err != nil {
 				return err
