@@ -99,10 +99,10 @@ func (l *Log) admissible(r Record) error {
 		return err
 	}
 	if len(r.Payload) > l.cfg.MaxRecord || len(r.Topic) > frame.MaxTopic {
-		return fmt.Errorf("record of %d bytes is above the limit of %d", len(r.Payload), l.cfg.MaxRecord)
+		return fmt.Errorf("%w: %d bytes on a topic of %d, at most %d on one of %d", ErrTooLarge, len(r.Payload), len(r.Topic), l.cfg.MaxRecord, frame.MaxTopic)
 	}
 	if limit := l.cfg.quota(r.Stream).MaxBytes / 2; cost(r) > limit {
-		return fmt.Errorf("record of %d bytes is above half the quota of stream %q", len(r.Payload), r.Stream)
+		return fmt.Errorf("%w: %d bytes are above half the quota of stream %q", ErrTooLarge, len(r.Payload), r.Stream)
 	}
 	return nil
 }
@@ -249,11 +249,7 @@ func (l *Log) commit(w *writer, group []*request) error {
 		l.mu.Unlock()
 		return &diskError{ErrClosed}
 	}
-	t := l.current().tracks[w.stream]
-	if t == nil {
-		t = &track{epoch: l.current(), stream: w.stream, next: 1}
-		l.current().tracks[w.stream] = t
-	}
+	t := l.track(w.stream)
 	accepted := l.admit(w, group)
 	first := t.next
 	l.mu.Unlock()

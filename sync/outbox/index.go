@@ -51,9 +51,10 @@ type loss struct {
 
 // Reasons of losses.
 const (
-	reasonBytes   = "QuotaBytes"
-	reasonAge     = "QuotaAge"
-	reasonCorrupt = "Corrupt"
+	reasonBytes    = "QuotaBytes"
+	reasonAge      = "QuotaAge"
+	reasonCorrupt  = "Corrupt"
+	reasonTooLarge = "TooLarge"
 )
 
 // low is the oldest sequence still held.
@@ -150,6 +151,16 @@ func (l *Log) epochAt(id []byte) *epoch {
 		}
 	}
 	return nil
+}
+
+// track returns the stream's track of the current epoch.
+func (l *Log) track(stream string) *track {
+	t := l.current().tracks[stream]
+	if t == nil {
+		t = &track{epoch: l.current(), stream: stream, next: 1}
+		l.current().tracks[stream] = t
+	}
+	return t
 }
 
 // tracksOf returns a stream's tracks, oldest epoch first.

@@ -310,18 +310,26 @@ func (l *Log) drop(w *writer, t *track, reason string) error {
 
 // lose moves what is still held of a track's [first, last] to the ledger, durably. Callers hold Log.mu.
 func (l *Log) lose(t *track, first, last uint64, reason string) error {
+	fresh, err := l.ledger(t, first, last, reason)
+	if fresh {
+		l.cfg.Logger.Warn("outbox lost records", "stream", t.stream, "reason", reason, "first", first, "last", last)
+	}
+	return err
+}
+
+// ledger is lose without a word in the log. It says whether there was anything to ledger. Callers hold Log.mu.
+func (l *Log) ledger(t *track, first, last uint64, reason string) (fresh bool, err error) {
 	before := t.mark()
 	if !t.lose(first, last, reason, l.clock.Wall()) {
-		return nil
+		return false, nil
 	}
 	if err := l.save(); err != nil {
 		t.restore(before)
-		return err
+		return false, err
 	}
-	l.cfg.Logger.Warn("outbox lost records", "stream", t.stream, "reason", reason, "first", first, "last", last)
 	l.ledgerings++
 	l.wake()
-	return nil
+	return true, nil
 }
 
 // release gives back the space of what is acknowledged or (durably) ledgered. Callers hold Log.mu, and the io of w if

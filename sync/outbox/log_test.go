@@ -358,6 +358,50 @@ func TestRefuseWhenFull(t *testing.T) {
 	}
 }
 
+// G3, G4: a device that believes accepted what can never be stored would make the books of the cloud wrong; and one that sends
+// such records for ever would fill the disk with what is said about them.
+func TestTooLargeIsLedgered(t *testing.T) {
+	dir := t.TempDir()
+	cfg := Config{MaxRecord: 1000, Quotas: map[string]Quota{"small": {MaxBytes: 64 << 10}}}
+	l := openLog(t, dir, cfg)
+	for name, r := range map[string]Record{
+		"payload": rec("s", string(make([]byte, 1001))), "topic": {Stream: "s", Topic: string(make([]byte, frame.MaxTopic+1))},
+	} {
+		if verdicts, err := l.Append(t.Context(), []Record{r}); err != nil || !errors.Is(verdicts[0], ErrTooLarge) {
+			t.Errorf("%s: %v %v", name, verdicts, err)
+		}
+	}
+	appendAll(t, l, rec("s", "one"))
+	if err := l.LoseTooLarge("s", 3); err != nil {
+		t.Fatal(err)
+	}
+	appendAll(t, l, rec("s", "two"))
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = openLog(t, dir, cfg)
+	c := newCloud(t)
+	_, backlog := l.NewReaders()
+	drain(t, backlog, c)
+	if len(c.losses) != 1 || c.losses[0].GetReason() != "TooLarge" || c.losses[0].GetFirst() != 2 || c.losses[0].GetLast() != 4 {
+		t.Errorf("ledgered %v", c.losses)
+	}
+	if a, d, lost, _ := c.sums(); a != 5 || d != 2 || lost != 3 {
+		t.Errorf("accepted %d, delivered %d, ledgered %d", a, d, lost)
+	}
+	var err error
+	n := 0
+	for ; err == nil && n < 2*maxLargeLosses; n++ {
+		if err = l.LoseTooLarge("s", 1); err == nil {
+			appendAll(t, l, rec("s", "between"))
+		}
+	}
+	if err == nil || n < maxLargeLosses {
+		t.Errorf("%d entries, %v", n, err)
+	}
+	appendAll(t, l, rec("s", "goes on"))
+}
+
 // A hub whose disk was rolled back, or a foreign one, must not make the edge forget records.
 func TestImplausibleAcksAreRefused(t *testing.T) {
 	l := openLog(t, t.TempDir(), Config{})

@@ -71,14 +71,7 @@ func (b *box) append(stream string, n int, payload func(i int) string) error {
 		b.count++
 		recs = append(recs, Record{Stream: stream, Payload: []byte(payload(b.count))})
 	}
-	heads := b.log.Heads()
-	h := heads[len(heads)-1]
-	next := uint64(1)
-	for _, s := range h.GetStreams() {
-		if s.GetStream() == stream {
-			next = s.GetNext()
-		}
-	}
+	h, next := b.next(stream)
 	verdicts, err := b.log.Append(context.Background(), recs)
 	for i, v := range verdicts {
 		if v == nil {
@@ -89,6 +82,31 @@ func (b *box) append(stream string, n int, payload func(i int) string) error {
 		}
 	}
 	return err
+}
+
+// next returns the current epoch's head and the sequence that the stream's next record gets.
+func (b *box) next(stream string) (h *longshorepb.OutboxHead, next uint64) {
+	heads := b.log.Heads()
+	h = heads[len(heads)-1]
+	for _, s := range h.GetStreams() {
+		if s.GetStream() == stream {
+			return h, s.GetNext()
+		}
+	}
+	return h, 1
+}
+
+// tooLarge has n records that can never be stored ledgered, and notes them as promised.
+func (b *box) tooLarge(stream string, n int) error {
+	b.t.Helper()
+	h, next := b.next(stream)
+	if err := b.log.LoseTooLarge(stream, n); err != nil {
+		return err
+	}
+	for i := range n {
+		b.promised = append(b.promised, accepted{string(h.GetEpoch()), stream, next + uint64(i), "never stored"})
+	}
+	return nil
 }
 
 // send passes up to n messages of both lanes to the cloud; every third is lost if lossy. It fails if the power goes.
@@ -180,6 +198,7 @@ func (b *box) live(rng *rand.Rand) error {
 				func() error { return b.append("small", 1+rng.IntN(5), small) },
 				func() error { return b.append("large", 1+rng.IntN(3), large) },
 				func() error { return b.append("large", 2, large) },
+				func() error { return b.tooLarge("small", 1+rng.IntN(3)) },
 				func() error { return b.send(live, backlog, 1+rng.IntN(12), true) },
 				func() error { return b.log.Ack(b.cloud.ack()) },
 				func() error { live, backlog = b.log.NewReaders(); return nil },

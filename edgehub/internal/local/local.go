@@ -8,6 +8,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/longshore-edge/longshore/broker"
 	"github.com/longshore-edge/longshore/sync/outbox"
@@ -16,6 +17,9 @@ import (
 
 // device is the name of clients without credentials of their own.
 const device = "device"
+
+// mqtt5 is the protocol level of MQTT 5.
+const mqtt5 = 5
 
 // listener names the broker's one door.
 const listener = "devices"
@@ -30,6 +34,7 @@ type Stream struct {
 // Appender puts records on disk; *outbox.Log is one.
 type Appender interface {
 	Append(ctx context.Context, recs []outbox.Record) (verdicts []error, err error)
+	LoseTooLarge(stream string, n int) error
 }
 
 // Config of a Broker.
@@ -52,11 +57,17 @@ type Broker struct {
 	mu       sync.Mutex
 	unstored uint64 // guarded by mu
 	why      error  // guarded by mu: of the newest message not stored
+
+	// complained is when a message too large for a stream was last logged. Of the goroutine that stores only.
+	complained map[string]time.Time
 }
+
+// complainPause is the least time between two lines in the log about messages too large for one stream.
+const complainPause = time.Minute
 
 // New checks the configuration and opens the listener, so that a taken port is an error here. It starts nothing.
 func New(cfg Config) (*Broker, error) {
-	b := &Broker{cfg: cfg}
+	b := &Broker{cfg: cfg, complained: map[string]time.Time{}}
 	for _, s := range cfg.Streams {
 		for _, f := range s.Topics {
 			if err := topic.ValidFilter(f); err != nil {
@@ -104,13 +115,25 @@ func (b *Broker) store(ctx context.Context, batch []broker.Message) []error {
 	}
 	if len(recs) > 0 {
 		stored, err := b.cfg.Outbox.Append(ctx, recs)
+		large := map[string][]int{} // what is too large, of clients that can't be told, by stream
 		for k, i := range at {
-			verdict := err
-			if err == nil {
-				verdict = stored[k]
-			}
-			if verdict != nil {
+			verdict := stored[k]
+			switch {
+			case errors.Is(verdict, outbox.ErrTooLarge):
+				if verdicts[i] = b.tooLarge(recs[k].Stream, batch[i], verdict); batch[i].Version != mqtt5 {
+					large[recs[k].Stream] = append(large[recs[k].Stream], i)
+				}
+			case err != nil:
+				verdicts[i] = b.refuse(recs[k].Stream, err)
+			case verdict != nil:
 				verdicts[i] = b.refuse(recs[k].Stream, verdict)
+			}
+		}
+		for stream, which := range large {
+			if err := b.cfg.Outbox.LoseTooLarge(stream, len(which)); err != nil {
+				for _, i := range which {
+					verdicts[i] = err
+				}
 			}
 		}
 	}
@@ -133,6 +156,17 @@ func (b *Broker) stream(name string) string {
 	return ""
 }
 
+// tooLarge is refuse for a message that can never be stored.
+func (b *Broker) tooLarge(stream string, m broker.Message, err error) error {
+	err = fmt.Errorf("%w: %w", broker.ErrUnstorable, b.refuse(stream, err))
+	if now := time.Now(); now.Sub(b.complained[stream]) >= complainPause {
+		b.complained[stream] = now
+		b.cfg.Logger.Warn("message can never be stored: let the device send smaller ones, or raise the stream's maxBytes",
+			"stream", stream, "client", m.ClientID, "topic", m.Topic, "bytes", len(m.Payload), "error", err)
+	}
+	return err
+}
+
 // refuse counts a message that is not stored and says why; the broker logs it.
 func (b *Broker) refuse(stream string, err error) error {
 	if errors.Is(err, outbox.ErrFull) {
@@ -146,7 +180,7 @@ func (b *Broker) refuse(stream string, err error) error {
 	return err
 }
 
-// Unstored returns how many messages were not stored, so not acknowledged, since the start, and why the newest was not.
+// Unstored returns how many messages were not stored since the start, and why the newest was not.
 func (b *Broker) Unstored() (n uint64, why error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -203,6 +203,43 @@ func TestFullStreamRefusesWithoutPuback(t *testing.T) {
 	}
 }
 
+// G3, G4: a message too large for its stream would close its device's connection for ever, and the device's other messages would
+// never come through; or it would be missing in the books of the cloud, if the device believes it accepted.
+func TestTooLargeIsNotSentForEver(t *testing.T) {
+	b := newBox(t, t.TempDir(), map[string]outbox.Quota{"small": {MaxBytes: 64 << 10}},
+		Stream{Name: "small", Topics: []string{"small"}}, Stream{Name: "other", Topics: []string{"other"}})
+	large := strings.Repeat("x", 40<<10) // above half the quota
+	for _, qos := range []string{"0", "1", "2"} {
+		b.publish("-q", qos, "-t", "small", "-m", large)
+	}
+	// mosquitto_pub of MQTT 5 shows the reason.
+	out, err := b.mosquitto("mosquitto_pub", "-V", "5", "-q", "1", "-t", "small", "-m", large).CombinedOutput()
+	if err != nil || !strings.Contains(strings.ToLower(string(out)), "quota exceeded") {
+		t.Errorf("MQTT 5: %v: %s", err, out)
+	}
+	c, err := net.Dial("tcp", b.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !publishOnce(t.Context(), t, c, "other", strings.Repeat("y", 129<<10)) { // above the largest record
+		t.Error("above the largest record: not acknowledged")
+	}
+	b.publish("-q", "1", "-t", "small", "-m", "fine")
+	if got := stored(t, b.log); !slices.Equal(got, []string{"small small fine"}) {
+		t.Errorf("stored %q", got)
+	}
+	want := map[string][2]uint64{"small": {4, 3}, "other": {1, 1}} // accepted, dropped: MQTT 5 was told
+	streams, _ := b.log.Stats()
+	for _, s := range streams {
+		if got := [2]uint64{s.Accepted, s.Dropped}; got != want[s.Stream] {
+			t.Errorf("%s: accepted %d, dropped %d", s.Stream, s.Accepted, s.Dropped)
+		}
+	}
+	if n, why := b.Unstored(); n != 5 || !errors.Is(why, outbox.ErrTooLarge) {
+		t.Errorf("%d not stored because %v", n, why)
+	}
+}
+
 // failing is a disk that is full for the first appends.
 type failing struct {
 	Appender
@@ -215,7 +252,7 @@ func (f *failing) Append(ctx context.Context, recs []outbox.Record) ([]error, er
 	defer f.mu.Unlock()
 	if f.left > 0 {
 		f.left--
-		return nil, errors.New("no space left on device")
+		return make([]error, len(recs)), errors.New("no space left on device")
 	}
 	return f.Appender.Append(ctx, recs)
 }
