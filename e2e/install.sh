@@ -12,6 +12,7 @@ need npm npm
 need mosquitto mosquitto
 need mosquitto_sub mosquitto-clients
 need ip iproute2
+need iptables iptables
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" != 0 ]; then
   echo "missing: ${missing[*]}. Run as root: apt-get install ${missing[*]}" >&2

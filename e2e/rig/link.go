@@ -9,24 +9,29 @@ import (
 
 // Link is a TCP relay that can be cut: it stands for the network between an edge and the hub.
 type Link struct {
-	l  net.Listener
-	wg sync.WaitGroup
+	l    net.Listener
+	dial func(network, address string) (net.Conn, error)
+	wg   sync.WaitGroup
 
 	mu     sync.Mutex
 	target string
 	cut    bool
+	mute   bool
 	closed bool
 	conns  map[net.Conn]struct{}
 	bytes  int64
 }
 
 // NewLink relays to target until Close.
-func NewLink(target string) (*Link, error) {
+func NewLink(target string) (*Link, error) { return NewLinkVia(net.Dial, target) }
+
+// NewLinkVia is NewLink with another way to dial the target, such as from a network namespace.
+func NewLinkVia(dial func(network, address string) (net.Conn, error), target string) (*Link, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	k := &Link{target: target, l: l, conns: map[net.Conn]struct{}{}}
+	k := &Link{target: target, l: l, dial: dial, conns: map[net.Conn]struct{}{}}
 	k.wg.Add(1)
 	go k.accept()
 	return k, nil
@@ -48,6 +53,13 @@ func (k *Link) Restore() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.cut = false
+}
+
+// Mute loses whatever the target says, while what it is told goes through.
+func (k *Link) Mute(mute bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.mute = mute
 }
 
 // Retarget ends every connection; new ones go to another target.
@@ -125,7 +137,7 @@ func (k *Link) relay(down net.Conn) {
 		return
 	}
 	defer k.forget(down)
-	up, err := net.Dial("tcp", target)
+	up, err := k.dial("tcp", target)
 	if err != nil {
 		return
 	}
@@ -138,7 +150,7 @@ func (k *Link) relay(down net.Conn) {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			k.copy(d[0], d[1])
+			k.copy(d[0], d[1], d[1] == up)
 			// A half-closed connection is of no use to anybody here.
 			d[0].Close()
 			d[1].Close()
@@ -147,14 +159,18 @@ func (k *Link) relay(down net.Conn) {
 	wg.Wait()
 }
 
-func (k *Link) copy(to io.Writer, from io.Reader) {
+func (k *Link) copy(to io.Writer, from io.Reader, down bool) {
 	b := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(b)
 		if n > 0 {
 			k.mu.Lock()
 			k.bytes += int64(n)
+			lost := k.mute && down
 			k.mu.Unlock()
+			if lost {
+				continue
+			}
 			if _, err := to.Write(b[:n]); err != nil {
 				return
 			}

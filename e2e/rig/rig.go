@@ -53,8 +53,10 @@ type Hub struct {
 	MQTT, HTTP string
 	// Kubeconfig selects the Kubernetes source; empty: the folder.
 	Kubeconfig string
-	// Args are further arguments of "cloudhub run".
+	// Args are further arguments of "cloudhub run"; of a flag given twice the later counts.
 	Args []string
+	// Prefix precedes the command, such as "ip netns exec N".
+	Prefix []string
 	*Process
 }
 
@@ -85,7 +87,7 @@ func (h *Hub) Data() string { return filepath.Join(h.Dir, "data") }
 
 // Start runs the hub and waits until it is ready.
 func (h *Hub) Start(ctx context.Context) error {
-	args := []string{h.Bin.Path("cloudhub"), "run", "--data", h.Data(), "--models", h.Models(), "--mqtt", h.MQTT, "--http", h.HTTP}
+	args := append(slices.Clip(h.Prefix), h.Bin.Path("cloudhub"), "run", "--data", h.Data(), "--models", h.Models(), "--mqtt", h.MQTT, "--http", h.HTTP)
 	if h.Kubeconfig != "" {
 		args = append(args, "--source", "kubernetes", "--kubeconfig", h.Kubeconfig)
 	} else {

@@ -75,6 +75,8 @@ func (s EdgeStatus) Stream(name string) StreamStatus {
 // HubEdge is an edge as the hub's API shows it.
 type HubEdge struct {
 	Name, Link string
+	// Superseded counts the instances that this one took over from.
+	Superseded int `json:"-"`
 	Synced     bool
 	Pods       []struct{ Namespace, Name, UID, Phase, Waiting string }
 	Models     []ModelStatus
@@ -86,6 +88,10 @@ func (h *Hub) Edges(ctx context.Context) (map[string]HubEdge, error) {
 	err := GetJSON(ctx, "http://"+h.HTTP+"/api/v1/edges", &list)
 	edges := map[string]HubEdge{}
 	for _, e := range list {
+		if holder, ok := edges[e.Name]; ok { // superseded instances follow the one that took over
+			holder.Superseded++
+			e = holder
+		}
 		edges[e.Name] = e
 	}
 	return edges, err
