@@ -186,7 +186,7 @@ func TestHubServesItsDoorsAndEnds(t *testing.T) {
 		}
 	}
 	_, metrics := p.get("/metrics", "")
-	for _, line := range []string{"longshore_sessions 0", `longshore_telemetry_records_total{state="duplicate"} 0`} {
+	for _, line := range []string{"longshore_sessions 0", "longshore_telemetry_blocked 0", `longshore_telemetry_records_total{state="duplicate"} 0`} {
 		if !strings.Contains(metrics, line) {
 			t.Errorf("/metrics lacks %q", line)
 		}

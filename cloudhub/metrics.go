@@ -51,6 +51,12 @@ func (h *hub) registry() *prometheus.Registry {
 	counter("proofs_failed_total", "Proofs that failed; the edge is sent no change meanwhile.", func() uint64 { return m().ProofsFailed })
 	counter("telemetry_messages_total", "Telemetry messages received.", func() uint64 { return m().Telemetry })
 	counter("telemetry_refused_total", "Telemetry messages not taken; edges send them again.", func() uint64 { return m().TelemetryRefused })
+	gauge("telemetry_blocked", "1 while telemetry cannot be stored, such as on a full disk; edges keep it meanwhile, the log says what to do.", func() int64 {
+		if h.intake.Blocked() != nil {
+			return 1
+		}
+		return 0
+	})
 	counter("reports_refused_total", "Reports of edges ignored in whole or in part.", func() uint64 { return m().ReportsRefused })
 
 	file := func(name, help string, ready bool) {

@@ -72,6 +72,8 @@ type Intake struct {
 	busy []*edge
 	// pending bytes over all edges.
 	pending int64
+	// blocked is why the newest commit failed, nil if it did not.
+	blocked error
 
 	// Only Run uses what follows.
 	stored  int64 // bytes of records in the store
@@ -176,6 +178,7 @@ func (i *Intake) commitQueued(ctx context.Context) error {
 		}
 		pause := retryFirst
 		for err := i.commit(group); err != nil; err = i.commit(group) {
+			i.setBlocked(err)
 			i.cfg.Logger.Error("telemetry can't be stored and is not acknowledged", "err", err, "retry", pause)
 			select {
 			case <-ctx.Done():
@@ -185,6 +188,7 @@ func (i *Intake) commitQueued(ctx context.Context) error {
 			}
 			pause = min(2*pause, retryMax)
 		}
+		i.setBlocked(nil)
 		i.mu.Lock()
 		for _, u := range group {
 			i.pending -= u.cost
@@ -194,6 +198,20 @@ func (i *Intake) commitQueued(ctx context.Context) error {
 			i.retainAndLog(ctx)
 		}
 	}
+}
+
+func (i *Intake) setBlocked(err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.blocked = err
+}
+
+// Blocked returns why telemetry cannot be stored now, such as a full disk, with what to do; nil if it can, as far as is known.
+// Meanwhile edges keep what they have.
+func (i *Intake) Blocked() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.blocked
 }
 
 // flush commits what is left, each group once.

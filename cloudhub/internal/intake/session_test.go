@@ -492,6 +492,30 @@ func TestG3NothingIsAcknowledgedWithoutDisk(t *testing.T) {
 	}
 }
 
+// Without it, nobody would see from outside that a hub takes no telemetry in: it goes on serving specs, and is ready.
+func TestBlockedSaysWhatToDo(t *testing.T) {
+	dir := t.TempDir()
+	i, err := Open(Config{Dir: dir, MinFreeBytes: math.MaxInt64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- i.Run(ctx) }()
+	mustReceive(t, i.Session("e", &longshorepb.Hello{}, func() {}), message(t, makeFrame(t, "s", 1, "a")))
+	eventually(t, "the store is blocked", func() bool { return i.Blocked() != nil })
+	if err := i.Blocked(); !strings.Contains(err.Error(), "free space or lower the retention") {
+		t.Error(err)
+	}
+	cancel()
+	<-done // with the same error, as the record is still there
+	s := openStore(t, Config{Dir: dir})
+	mustReceive(t, s.hello("e"), message(t, makeFrame(t, "s", 1, "a")))
+	if s.idle(t); s.Blocked() != nil {
+		t.Errorf("with room: %v", s.Blocked())
+	}
+}
+
 // The hello tells what the edge has accepted, before the records come: what is still missing shows in the sums. Many
 // streams need several acknowledgements, none above the limit of a message.
 func TestHelloAndLargeAcknowledgements(t *testing.T) {
