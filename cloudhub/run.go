@@ -60,7 +60,7 @@ Every flag can also be set in the environment (--log-level is LONGSHORE_LOG_LEVE
 		},
 	}
 	cmd.Flags().AddFlagSet(settings)
-	cmd.Flags().StringVar(&file, "config", "", "YAML `file` with the flags below as keys")
+	cmd.Flags().StringVar(&file, "config", "", "YAML `file` with the flags below as keys (environment "+configVariable+")")
 	return cmd
 }
 
