@@ -360,7 +360,9 @@ type Head struct {
 	// Digest of the list.
 	List []byte `protobuf:"bytes,6,opt,name=list,proto3" json:"list,omitempty"`
 	// Set when a later instance with the same identity took over: stop syncing.
-	Superseded    bool `protobuf:"varint,7,opt,name=superseded,proto3" json:"superseded,omitempty"`
+	Superseded bool `protobuf:"varint,7,opt,name=superseded,proto3" json:"superseded,omitempty"`
+	// Set, without a list, when there is no Edge of this name (any more): hold on to what is held, and ask again later.
+	Unknown       bool `protobuf:"varint,8,opt,name=unknown,proto3" json:"unknown,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -440,6 +442,13 @@ func (x *Head) GetList() []byte {
 func (x *Head) GetSuperseded() bool {
 	if x != nil {
 		return x.Superseded
+	}
+	return false
+}
+
+func (x *Head) GetUnknown() bool {
+	if x != nil {
+		return x.Unknown
 	}
 	return false
 }
@@ -1134,7 +1143,7 @@ const file_desired_proto_rawDesc = "" +
 	"StreamHead\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12\x10\n" +
 	"\x03low\x18\x02 \x01(\x04R\x03low\x12\x12\n" +
-	"\x04next\x18\x03 \x01(\x04R\x04next\"\xb3\x01\n" +
+	"\x04next\x18\x03 \x01(\x04R\x04next\"\xcd\x01\n" +
 	"\x04Head\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
 	"\x04edge\x18\x02 \x01(\tR\x04edge\x12\x19\n" +
@@ -1144,7 +1153,8 @@ const file_desired_proto_rawDesc = "" +
 	"\x04list\x18\x06 \x01(\fR\x04list\x12\x1e\n" +
 	"\n" +
 	"superseded\x18\a \x01(\bR\n" +
-	"superseded\"U\n" +
+	"superseded\x12\x18\n" +
+	"\aunknown\x18\b \x01(\bR\aunknown\"U\n" +
 	"\n" +
 	"SignedHead\x12\x12\n" +
 	"\x04head\x18\x01 \x01(\fR\x04head\x12\x15\n" +

@@ -66,7 +66,7 @@ func (r *Replica) checkHead(h *longshorepb.Head) error {
 		return fmt.Errorf("this edge holds the state of cluster %s, the hub serves cluster %s: "+
 			"if that is meant, stop the agent, run 'edgehub leave' and start it again", r.cluster, h.GetCluster())
 	}
-	if h.GetSuperseded() {
+	if h.GetSuperseded() || h.GetUnknown() {
 		return nil
 	}
 	_, err := toDigest(h.GetList())

@@ -63,6 +63,7 @@ type Replica struct {
 	helloPause         time.Duration
 	subscribed         bool
 	synced, superseded bool
+	unknown            bool // what the newest head says
 	problem            string
 
 	target *target
@@ -119,7 +120,7 @@ func NewReplica(cfg ReplicaConfig, stored Stored) *Replica {
 func (r *Replica) Start(now time.Time, nonce [16]byte, session uint64, outboxes []*longshorepb.OutboxHead) {
 	r.Stop()
 	r.running, r.nonce, r.session, r.outboxes = true, nonce, session, outboxes
-	r.counter, r.synced, r.superseded, r.subscribed, r.problem = 0, false, false, false, ""
+	r.counter, r.synced, r.superseded, r.unknown, r.subscribed, r.problem = 0, false, false, false, false, ""
 	r.helloAt, r.helloPause = now, helloMin
 	r.flow.reset()
 }
@@ -274,8 +275,10 @@ func (r *Replica) receiveHead(s *longshorepb.SignedHead) error {
 	r.problem = ""
 	r.counter = h.GetCounter()
 	r.helloAt = time.Time{}
-	if h.GetSuperseded() {
-		r.superseded, r.target, r.synced = true, nil, false
+	r.unknown = h.GetUnknown()
+	if h.GetSuperseded() || r.unknown {
+		r.superseded = r.superseded || h.GetSuperseded()
+		r.target, r.synced = nil, false
 		return nil
 	}
 	d := Digest(h.GetList())
@@ -492,7 +495,7 @@ func (r *Replica) Deadline() time.Time {
 // Status for people and reports.
 func (r *Replica) Status() ReplicaStatus {
 	s := ReplicaStatus{
-		Synced: r.synced, Superseded: r.superseded, Cluster: r.cluster, Head: r.counter, Problem: r.problem,
+		Synced: r.synced, Superseded: r.superseded, Unknown: r.unknown, Cluster: r.cluster, Head: r.counter, Problem: r.problem,
 	}
 	if r.committed != nil {
 		s.Committed = r.committed.Digest
@@ -518,6 +521,9 @@ type ReplicaStatus struct {
 	Synced bool
 	// Superseded is set when a later instance took over: the owner closes the connection and does not come back by itself.
 	Superseded bool
+	// Unknown is set when the hub says that there is no Edge of this name: the owner closes the connection, keeps what is
+	// held, and comes back later.
+	Unknown bool
 	// Have and Want count bytes of the objects being fetched.
 	Have, Want uint64
 	Cluster    string

@@ -72,7 +72,7 @@ type Session struct {
 	// applied is set when the edge reported the list of the last head in this session.
 	applied bool
 
-	superseded, closed bool
+	superseded, unknown, closed bool
 
 	fetches []fetchRequest
 	// encoded is the object of the last answer: large ones are asked for piece by piece.
@@ -177,6 +177,9 @@ func (s *Session) Reported(_ time.Time, list []byte) {
 // Supersede makes the next Poll send a signed "superseded" head and then close.
 func (s *Session) Supersede(_ time.Time) { s.superseded = true }
 
+// Dismiss makes the next Poll send a signed head that says there is no Edge of this name, and then close.
+func (s *Session) Dismiss(_ time.Time) { s.unknown = true }
+
 // Poll returns the next things to do, at most about 32 KiB of payload, most urgent first; nil when there is nothing.
 func (s *Session) Poll(now time.Time) []HubAction {
 	if s.closed {
@@ -186,6 +189,11 @@ func (s *Session) Poll(now time.Time) []HubAction {
 		s.closed = true
 		s.sign(&longshorepb.Head{Superseded: true})
 		return []HubAction{s.sendHead(), Close{Reason: "superseded by a later instance with the same identity"}}
+	}
+	if s.unknown {
+		s.closed = true
+		s.sign(&longshorepb.Head{Unknown: true})
+		return []HubAction{s.sendHead(), Close{Reason: "there is no Edge of this name"}}
 	}
 	if s.newest == nil {
 		return nil // nothing is said before the cache knows the edge

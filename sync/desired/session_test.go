@@ -167,6 +167,38 @@ func TestSupersededIsSigned(t *testing.T) {
 	}
 }
 
+// TestUnknownIsSigned: a box whose Edge was deleted would look as if its network were broken; and whoever is in the middle
+// could make it say so of a healthy fleet.
+func TestUnknownIsSigned(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	s := testSession(t, nil, func(h *longshorepb.Hello) { h.Nonce[0] = 1 })
+	s.Dismiss(now)
+	acts := s.Poll(now)
+	if len(acts) != 2 || acts[1].(Close).Reason == "" || s.Poll(now) != nil {
+		t.Fatalf("actions %v", acts)
+	}
+	r := started(t)
+	forged := ed25519.NewKeyFromSeed(make([]byte, 32))
+	send := acts[0].(Send)
+	if err := r.Receive(now, send.Topic, marshal(signHead(forged, headFor(func(h *longshorepb.Head) { h.Unknown = true })))); err == nil {
+		t.Error("a forged unknown is taken")
+	}
+	if r.Status().Unknown {
+		t.Error("a forged unknown counts")
+	}
+	before := r.Status().Committed
+	if err := r.Receive(now, send.Topic, send.Payload); err != nil {
+		t.Fatal(err)
+	}
+	if st := r.Status(); !st.Unknown || st.Synced || st.Superseded || st.Committed != before || r.Poll(now) != nil || !r.Deadline().IsZero() {
+		t.Errorf("the replica goes on, or dropped what it holds: %+v", st)
+	}
+	r.Start(now, [16]byte{2}, 2, nil)
+	if r.Status().Unknown {
+		t.Error("unknown outlives its session")
+	}
+}
+
 // TestBackAndForth: a change that is taken back while it is on its way would leave the edge on it for good, if the head that
 // takes it back got lost.
 func TestBackAndForth(t *testing.T) {

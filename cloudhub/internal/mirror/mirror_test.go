@@ -275,6 +275,24 @@ func mortalLink(t *testing.T, hub string) (address string, freeze func()) {
 	return door.Addr().String(), func() { frozen.Store(true) }
 }
 
+// Without it, a deleted Edge would look like a broken network on the box, and deleting it would stop what the box runs.
+func TestBoxHearsThatItsEdgeIsGone(t *testing.T) {
+	f := newFleet()
+	h := f.hub(t, "hub", newCache("e1"), &source{}, nil)
+	h.cache.SetPod(pod("e1", "web", "web:1"))
+	b := f.box(t, "e1")
+	b.connect(h.address)
+	b.waitFor("POD/web")
+	h.cache.DeleteEdge("e1")
+	eventually(t, "the box is told", func() bool { return b.unknown.Load() > 0 })
+	told := b.unknown.Load()
+	eventually(t, "it is told again when it comes back", func() bool { return b.unknown.Load() > told+1 })
+	b.waitFor("POD/web")
+	h.cache.SetEdge(edge("e1"))
+	h.cache.SetPod(pod("e1", "zweb", "web:1"))
+	b.waitFor("POD/web", "POD/zweb")
+}
+
 // Without it, a connection that died unnoticed would make the agent's next one look like an intruder.
 func TestNewSessionOfSameInstanceTakesOver(t *testing.T) {
 	f := newFleet()

@@ -42,12 +42,14 @@ type sender struct {
 
 	acksFull, acksOn bool
 
-	// The farewell to an instance that was superseded while it was connected: how many bytes it had sent before, why and when
-	// its connection is closed.
-	farewell bool
-	received uint64
+	// The farewell: why and when the connection is closed. If the edge was superseded while it was connected, received is how
+	// many bytes had come from it before.
 	ending   string
 	endAt    time.Time
+	farewell bool
+	received uint64
+	// strangerAt is when the Edge was first missing.
+	strangerAt time.Time
 
 	plain plainState
 
@@ -95,7 +97,11 @@ func (m *Mirror) serve(ctx context.Context, c *conn) {
 	select {
 	case <-c.Done():
 	default:
-		if err != nil {
+		switch {
+		case err == nil:
+		case s.ending != "":
+			c.Close(s.ending)
+		default:
 			m.refuse(c, err.Error())
 		}
 	}
@@ -170,7 +176,7 @@ func (s *sender) step(proofs context.Context, now time.Time) (busy bool, err err
 		return false, nil
 	}
 	if !s.snap.Known {
-		return false, fmt.Errorf("there is no Edge %q: create it (kind Edge, metadata.name %s), the device comes back by itself", s.c.edge, s.c.edge)
+		return false, s.dismiss(now, in)
 	}
 	if in.opened {
 		if err := s.open(now); err != nil {
@@ -202,7 +208,51 @@ func (s *sender) step(proofs context.Context, now time.Time) (busy bool, err err
 	return busy, nil
 }
 
-// giveBack keeps what came in until the cache is complete.
+// dismiss ends a connection whose Edge does not exist (any more). An edge hub is told so; its hello may still be on its way. A
+// plain device is told nothing: MQTT 3.1.1 has no words for it. The error is a reason to close the connection at once.
+func (s *sender) dismiss(now time.Time, in inbox) error {
+	reason := fmt.Errorf("there is no Edge %q: create it (kind Edge, metadata.name %s), the device comes back by itself", s.c.edge, s.c.edge)
+	if s.strangerAt.IsZero() {
+		s.strangerAt = now
+	}
+	switch {
+	case s.session != nil:
+	case s.c.hello() != nil:
+		session, err := s.newSession(now)
+		if err != nil {
+			return err
+		}
+		s.session = session
+		s.m.counters.sessions.Add(1)
+	case len(s.c.plainFilters()) > 0 || !now.Before(s.strangerAt.Add(farewellTime)):
+		return reason
+	default:
+		s.giveBack(in)
+		s.by(s.strangerAt.Add(farewellTime))
+		return nil
+	}
+	s.session.Dismiss(now)
+	for _, a := range s.session.Poll(now) {
+		if a, ok := a.(desired.Send); ok {
+			if err := s.send(a.Topic, a.Payload, a.Retain); err != nil {
+				return err
+			}
+		}
+	}
+	s.end(now, reason.Error())
+	return nil
+}
+
+// end closes the connection when the edge has had time to read what was sent last; a healthy one leaves before.
+func (s *sender) end(now time.Time, reason string) {
+	s.ending, s.endAt = reason, now.Add(farewellTime)
+	s.m.counters.refused.Add(1)
+	s.m.cfg.Logger.Warn("session ended, the edge is told", "edge", s.c.edge, "remote", s.c.Remote(), "reason", reason)
+	s.sync(false)
+	s.by(s.endAt)
+}
+
+// giveBack keeps what came in until it can be answered.
 func (s *sender) giveBack(in inbox) {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
@@ -235,12 +285,9 @@ func (s *sender) look(now time.Time) (fresh bool) {
 
 // open answers the hello.
 func (s *sender) open(now time.Time) error {
-	hello := s.c.hello()
-	session, err := desired.NewSession(desired.SessionConfig{
-		Cluster: s.m.cluster, Edge: s.c.edge, EdgeKey: s.c.Identity().Key, Key: s.m.cfg.Key, Objects: s.view,
-	}, hello, now)
+	session, err := s.newSession(now)
 	if err != nil {
-		return fmt.Errorf("hello: %w", err)
+		return err
 	}
 	superseded, err := s.m.claim(s.c)
 	if err != nil {
@@ -249,12 +296,23 @@ func (s *sender) open(now time.Time) error {
 	s.session, s.tell = session, true
 	s.m.counters.sessions.Add(1)
 	s.m.counters.opened.Add(1)
+	hello := s.c.hello()
 	s.m.cfg.Logger.Info("session opened", "edge", s.c.edge, "remote", s.c.Remote(), "session", hello.Session,
 		"instance", hexInstance(hello), "agent", hello.AgentVersion)
 	if superseded {
 		s.supersede(now)
 	}
 	return nil
+}
+
+func (s *sender) newSession(now time.Time) (*desired.Session, error) {
+	session, err := desired.NewSession(desired.SessionConfig{
+		Cluster: s.m.cluster, Edge: s.c.edge, EdgeKey: s.c.Identity().Key, Key: s.m.cfg.Key, Objects: s.view,
+	}, s.c.hello(), now)
+	if err != nil {
+		return nil, fmt.Errorf("hello: %w", err)
+	}
+	return session, nil
 }
 
 func (s *sender) supersede(now time.Time) {
@@ -299,9 +357,7 @@ func (s *sender) syncRound(proofs context.Context, now time.Time, in inbox, fres
 			if !s.farewell {
 				return false, errors.New(a.Reason)
 			}
-			s.ending, s.endAt = a.Reason, now.Add(farewellTime)
-			s.sync(false)
-			s.by(s.endAt)
+			s.end(now, a.Reason)
 			return false, nil
 		}
 	}

@@ -199,6 +199,7 @@ type box struct {
 	replica  *desired.Replica
 	heads    atomic.Int64
 	links    atomic.Int64 // connections made
+	unknown  atomic.Int64 // times the box heard that it has no Edge
 
 	mu         sync.Mutex
 	list       *desired.List
@@ -297,11 +298,16 @@ func (b *box) serve(ctx context.Context, s *mqttconn.Session) error {
 			}
 		}
 		b.mu.Lock()
-		superseded := b.replica.Status().Superseded
+		st := b.replica.Status()
+		superseded := st.Superseded
 		b.superseded = b.superseded || superseded
 		b.mu.Unlock()
 		if superseded {
 			return errors.New("another instance took over")
+		}
+		if st.Unknown {
+			b.unknown.Add(1)
+			return errors.New("there is no such Edge")
 		}
 		timer := time.NewTimer(time.Hour)
 		if d := b.replica.Deadline(); !d.IsZero() {

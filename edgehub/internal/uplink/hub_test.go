@@ -302,7 +302,7 @@ func (h *hub) outgoing(c *hubConn) []desired.Send {
 			c.session.Proved(time.Now(), h.list)
 			signal(c.wake)
 		case desired.Close:
-			go c.Close(a.Reason)
+			// An edge that hears why leaves by itself.
 		}
 	}
 	if c.acks && c.dirty && !h.withhold {

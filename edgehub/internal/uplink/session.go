@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -69,10 +70,14 @@ func (s *session) act() error {
 	for s.writer.wantsActions() {
 		s.up.mu.Lock()
 		actions := s.up.replica.Poll(time.Now())
-		superseded := s.up.replica.Status().Superseded
+		st := s.up.replica.Status()
 		s.up.mu.Unlock()
-		if superseded {
+		switch {
+		case st.Superseded:
 			return errSuperseded
+		case st.Unknown:
+			return fmt.Errorf("the hub knows no Edge %q (any more): create it (again), or take this box out of service; "+
+				"until then it keeps what it holds", s.up.cfg.Edge)
 		}
 		if len(actions) == 0 {
 			return nil

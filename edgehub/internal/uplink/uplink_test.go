@@ -272,6 +272,28 @@ func TestSupersededStopsSyncing(t *testing.T) {
 	}
 }
 
+// G2: without this, a box whose Edge was deleted by mistake would blame the network, or stop what it runs.
+func TestUnknownEdgeIsShownAndKeepsWhatItHolds(t *testing.T) {
+	checkLeaks(t)
+	h := newHub(t)
+	first := h.hold("1")
+	e := newEdge(t, h, t.TempDir())
+	eventually(t, "the list is applied", h.inSync)
+	h.mu.Lock()
+	h.conn.session.Dismiss(time.Now())
+	signal(h.conn.wake)
+	h.mu.Unlock()
+	eventually(t, "the status says why", func() bool {
+		s := e.Status()
+		return !s.Link.Connected && s.Link.Err != nil && strings.Contains(s.Link.Err.Error(), "knows no Edge \"edge-1\"")
+	})
+	if s := e.Status(); s.Superseded || s.Replica.Committed != first.Digest {
+		t.Errorf("status %+v, want the list held", s)
+	}
+	second := h.hold("2")
+	eventually(t, "it comes back by itself", func() bool { return e.Status().Replica.Committed == second.Digest && h.inSync() })
+}
+
 // fullDisk fails as a full disk does, from the given action on.
 type fullDisk struct {
 	Store
