@@ -3,6 +3,7 @@ package fault
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -149,6 +150,36 @@ func TestG1G3SomethingElseFillsTheDisk(t *testing.T) {
 	publishNow(t, n, 10)
 	settled(t, s, e, "a", "b")
 	s.CheckRecords("dock-1", n)
+}
+
+// G1 and G4: a model that does not fit the disk must be refused with a reason, and must not take the room that specs need: the
+// edge still follows the folder.
+func TestG1G4ModelDoesNotFitTheDisk(t *testing.T) {
+	t.Parallel()
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	e := s.Edge("dock-1", "")
+	smallDisk(t, e.State(), 96)
+	s.Start(e)
+	content := []byte(rigtest.Noise(60 << 20))
+	if err := os.WriteFile(filepath.Join(s.Hub.Models(), "large.onnx"), content, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.Write("model.yaml", fmt.Sprintf("apiVersion: longshore.dev/v1alpha1\nkind: Model\nmetadata: {name: large, namespace: default}\nspec:\n  version: \"1\"\n  edgeSelector: {}\n  variants:\n  - {name: fp32, format: onnx, source: {uri: \"file:large.onnx\"}, digest: \"sha256:%x\", sizeBytes: %d}\n",
+		sha256.Sum256(content), len(content)))
+	rigtest.Eventually(t, "the model is refused", func() error {
+		st, err := e.Status(t.Context())
+		if err != nil {
+			return err
+		}
+		m, err := st.Model("large")
+		if err == nil && (m.Reason != "DiskFull" || !strings.Contains(m.Message, "free some space")) {
+			err = fmt.Errorf("%+v", m)
+		}
+		return err
+	})
+	s.Write("a.yaml", rigtest.PodManifest("a", "dock-1", "v1"))
+	rigtest.Eventually(t, "specs go on", func() error { return s.Holds(e, true, "a") })
 }
 
 // G2 and G3: the disk lost a part of the store. It is moved aside, the status says so, everything is fetched again, and the

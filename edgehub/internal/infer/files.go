@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 )
 
@@ -338,6 +339,9 @@ func (d *download) run(ctx context.Context, from Fetcher) error {
 	d.progress(have)
 	resumed := have > 0
 	if have < d.size {
+		if err := d.fits(d.size - have); err != nil {
+			return err
+		}
 		if err := d.receive(ctx, from, have); err != nil {
 			return err
 		}
@@ -351,6 +355,23 @@ func (d *download) run(ctx context.Context, from Fetcher) error {
 	}
 	if err := d.file.Sync(); err != nil {
 		return diskFailure(err)
+	}
+	return nil
+}
+
+// diskReserve is the free space that model files leave on the disk. It is more than the store of desired state needs: a disk
+// that models could fill to the end would take no list any more that removes them.
+const diskReserve = 48 << 20
+
+// fits says whether n bytes more leave enough room on the disk.
+func (d *download) fits(n int64) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(d.file.Name(), &fs); err != nil {
+		return diskFailure(err)
+	}
+	free := int64(fs.Bavail) * int64(fs.Bsize) //nolint:unconvert // the types differ between architectures
+	if free-n < diskReserve {
+		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, n>>20+1, free>>20, int64(diskReserve)>>20))
 	}
 	return nil
 }
