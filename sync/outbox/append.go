@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"syscall"
 
 	"github.com/longshore-edge/longshore/sync/frame"
 )
@@ -188,6 +187,7 @@ func (l *Log) submit(ctx context.Context, w *writer, req *request) error {
 	// The leader's own request is the first of the queue.
 	group := w.take()
 	err := l.commit(w, group)
+	l.settle(err)
 	for _, r := range group {
 		if err != nil {
 			for i := range r.verdicts {
@@ -250,9 +250,12 @@ func (l *Log) commit(w *writer, group []*request) error {
 		return &diskError{ErrClosed}
 	}
 	t := l.track(w.stream)
-	accepted := l.admit(w, group)
+	accepted, err := l.admit(w, group)
 	first := t.next
 	l.mu.Unlock()
+	if err != nil {
+		return &diskError{err}
+	}
 	if len(accepted) == 0 {
 		return nil
 	}
@@ -264,7 +267,10 @@ func (l *Log) commit(w *writer, group []*request) error {
 	if err := l.makeRoom(w, int64(len(data))); err != nil {
 		return &diskError{err}
 	}
-	err = l.checkSpace(int64(len(data)))
+	err = l.keepReserve(w, int64(len(data)))
+	if err == nil {
+		err = l.begin()
+	}
 	if err == nil {
 		if err = l.write(w, t, first, data); err != nil {
 			l.abandon(w, t)
@@ -286,24 +292,9 @@ func (l *Log) commit(w *writer, group []*request) error {
 	return nil
 }
 
-// checkSpace refuses n bytes more that would eat into the reserve.
-func (l *Log) checkSpace(n int64) error {
-	if l.cfg.Reserve == 0 {
-		return nil
-	}
-	free, err := l.disk.Free(l.dir)
-	if err != nil {
-		return fmt.Errorf("ask for the free space of %s: %w", l.dir, err)
-	}
-	if free-n < l.cfg.Reserve {
-		return fmt.Errorf("%w: %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, free>>20, l.cfg.Reserve>>20)
-	}
-	return nil
-}
-
 // admit gives the verdicts of policy Refuse and returns the records to write. Callers hold Log.mu.
-func (l *Log) admit(w *writer, group []*request) (accepted []Record) {
-	var used int64
+func (l *Log) admit(w *writer, group []*request) (accepted []Record, err error) {
+	var used, added int64
 	if w.quota.Policy == Refuse {
 		for _, t := range l.tracksOf(w.stream) {
 			used += t.diskBytes()
@@ -317,12 +308,21 @@ func (l *Log) admit(w *writer, group []*request) (accepted []Record) {
 					l.refused[w.stream]++
 					continue
 				}
-				used += cost(r)
+				low, err := l.low(added+cost(r)+blockSize, l.cfg.Reserve)
+				if err != nil {
+					return nil, err
+				}
+				if low {
+					req.verdicts[i] = ErrDiskLow
+					l.refused[w.stream]++
+					continue
+				}
+				used, added = used+cost(r), added+cost(r)
 			}
 			accepted = append(accepted, r)
 		}
 	}
-	return accepted
+	return accepted, nil
 }
 
 // encode packs records into batches.

@@ -23,8 +23,8 @@ type disk interface {
 	List(path string) ([]string, error)
 	// SyncDir makes creations, renames and removals in a directory durable.
 	SyncDir(path string) error
-	// Free returns the bytes that may still be written to the file system of path.
-	Free(path string) (int64, error)
+	// Free returns the bytes that may still be written to the file system of path, and its size.
+	Free(path string) (free, size int64, err error)
 	// Lock takes a file's lock until the closer is closed; it fails with errLocked.
 	Lock(path string) (io.Closer, error)
 }
@@ -83,12 +83,13 @@ func (osDisk) SyncDir(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-func (osDisk) Free(path string) (int64, error) {
+func (osDisk) Free(path string) (free, size int64, err error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(path, &fs); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return int64(fs.Bavail) * int64(fs.Bsize), nil //nolint:unconvert // the types differ between architectures
+	unit := int64(fs.Bsize) //nolint:unconvert // the types differ between architectures
+	return int64(fs.Bavail) * unit, int64(fs.Blocks) * unit, nil
 }
 
 func (osDisk) Lock(path string) (io.Closer, error) {

@@ -23,7 +23,14 @@
 // An append is acknowledged after the fsync of its segment (and of its directory, if the file is new). After a write or fsync
 // error the segment is abandoned at its last good batch and the next append begins another: a second fsync of the same
 // file could claim success for pages the kernel has thrown away. The state file is durable before any
-// segment is unlinked, so every sequence is at any moment in a segment, acknowledged, or in the ledger.
+// segment is unlinked, so every sequence is at any moment in a segment, acknowledged, or in the ledger. Only a disk without a single
+// free block turns this round: there the oldest segment makes room for the state, and a start in between ledgers what it misses.
+//
+// # Records that are never stored
+//
+// A record too large for its stream can only be refused for ever. A producer that can't be told (a device with MQTT 3.1.1) sends it
+// again on every connection, and nothing behind it gets through. LoseTooLarge gives such records sequences and ledgers them in the
+// same step, so that the producer may be answered as if they were accepted, and accepted is still delivered plus ledgered.
 //
 // # Time
 //

@@ -54,7 +54,9 @@ type Config struct {
 	MaxRecord int
 	// SegmentBytes (4 MiB).
 	SegmentBytes int64
-	// Reserve is the bytes that appends leave free on the file system, for what else needs room there (0).
+	// Reserve is the bytes that records leave free on the file system, for what else needs room there (0); a quarter of a small
+	// disk, but never less than a quarter of this. Less free space than that is like a full quota: DropOldest drops the oldest
+	// segments of the stream, Refuse refuses with ErrDiskLow. What is too little to be worth dropping may use a quarter of it.
 	Reserve int64
 }
 
@@ -96,6 +98,10 @@ type Log struct {
 	refused map[string]uint64
 	// ledgerings counts additions to the ledger, so that readers know when to look.
 	ledgerings uint64
+	// begun says that the current epoch is on disk, so that it may be appended to.
+	begun bool
+	// failing is why the newest append failed because of the disk.
+	failing error
 	// dirty says that memory knows more than the state file, nothing of which must survive.
 	dirty bool
 }
@@ -141,11 +147,34 @@ func (l *Log) start() error {
 		return fmt.Errorf("make epoch: %w", err)
 	}
 	l.epochs = append(l.epochs, e)
+	if err := l.scale(); err != nil {
+		return err
+	}
+	if err := l.begin(); full(err) {
+		// What is held can be sent, which makes room. Appends try again.
+		l.cfg.Logger.Error("the disk is full: the outbox takes no records until there is space", "dir", l.dir, "err", err)
+		l.failing = err
+	} else if err != nil {
+		return err
+	}
+	if err := l.release(nil); err != nil { // costs space, nothing else
+		l.cfg.Logger.Error("outbox can't give back disk space", "err", err)
+	}
+	return nil
+}
+
+// begin makes the current epoch durable, unless it is.
+func (l *Log) begin() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.begun {
+		return nil
+	}
 	if err := l.save(); err != nil {
-		return fmt.Errorf("%w (free space on the disk of %s if it is full)", err, l.dir)
+		return err
 	}
 	// The directory must outlive a power cut before anything in it is acknowledged.
-	if err := l.disk.MkdirAll(l.epochDir(e)); err != nil {
+	if err := l.disk.MkdirAll(l.epochDir(l.current())); err != nil {
 		return fmt.Errorf("make epoch: %w", err)
 	}
 	for _, dir := range []string{filepath.Join(l.dir, "epochs"), l.dir, filepath.Dir(l.dir)} {
@@ -153,9 +182,7 @@ func (l *Log) start() error {
 			return fmt.Errorf("sync %s: %w", dir, err)
 		}
 	}
-	if err := l.release(nil); err != nil { // costs space, nothing else
-		l.cfg.Logger.Error("outbox can't give back disk space", "err", err)
-	}
+	l.begun = true
 	return nil
 }
 
@@ -264,6 +291,7 @@ func (l *Log) tend() error {
 	if l.dirty {
 		errs = append(errs, l.save())
 	}
+	l.recovered()
 	return errors.Join(append(errs, l.release(nil))...)
 }
 
@@ -302,7 +330,16 @@ func (l *Log) expire(stream string, limit time.Duration) error {
 // writer's io and Log.mu.
 func (l *Log) drop(w *writer, t *track, reason string) error {
 	s := t.segs[0]
-	if err := l.lose(t, t.low(), s.next-1, reason); err != nil {
+	err := l.lose(t, t.low(), s.next-1, reason)
+	if full(err) && len(t.segs) > 1 && s != w.seg {
+		// There is no room to ledger it, so that its own room has to serve. Should the power go just then, the next start misses it,
+		// as later segments tell that it was there, and ledgers it.
+		if rerr := l.disk.Remove(s.path); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+			return errors.Join(err, rerr)
+		}
+		err = l.lose(t, t.low(), s.next-1, reason)
+	}
+	if err != nil {
 		return err
 	}
 	return l.release(w)
@@ -424,7 +461,12 @@ func (l *Log) Close() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return errors.Join(l.save(), l.lock.Close())
+	err := l.save()
+	if full(err) { // what the file lacks is told again, or read from the segments
+		l.cfg.Logger.Warn("the disk is full: the outbox leaves its state as it was", "dir", l.dir, "err", err)
+		err = nil
+	}
+	return errors.Join(err, l.lock.Close())
 }
 
 // Appended is a 1-slot signal: look again, there is something to send.

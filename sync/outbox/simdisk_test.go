@@ -219,13 +219,13 @@ func (d *simDisk) List(path string) ([]string, error) {
 	return slices.Compact(names), nil
 }
 
-func (d *simDisk) Free(string) (int64, error) {
+func (d *simDisk) Free(string) (free, size int64, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if !d.limited {
-		return math.MaxInt64, nil
+		return math.MaxInt64, math.MaxInt64, nil
 	}
-	return int64(d.space), nil
+	return int64(d.space), math.MaxInt64, nil
 }
 
 func (d *simDisk) SyncDir(path string) error {

@@ -169,7 +169,7 @@ func (b *Broker) tooLarge(stream string, m broker.Message, err error) error {
 
 // refuse counts a message that is not stored and says why; the broker logs it.
 func (b *Broker) refuse(stream string, err error) error {
-	if errors.Is(err, outbox.ErrFull) {
+	if errors.Is(err, outbox.ErrFull) && !errors.Is(err, outbox.ErrDiskLow) {
 		err = fmt.Errorf("%w: raise its maxBytes, or set its policy to drop-oldest", err)
 	}
 	err = fmt.Errorf("stream %q: %w", stream, err)
