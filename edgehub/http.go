@@ -55,9 +55,17 @@ func (a *agent) controlDoor() http.Handler {
 	return mux
 }
 
-// serveReady answers 200 when the edge does its work on this box. A missing link is no reason not to be ready: working on
-// without one is what the agent is for.
+// serveReady answers 200 when the edge does its work on this box: its state folder is there, desired state can be read, and the disk
+// takes telemetry. A missing link is no reason not to be ready: working on without one is what the agent is for.
 func (a *agent) serveReady(w http.ResponseWriter, _ *http.Request) {
+	if err := stateDir(a.cfg.State).held(a.lock); err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	if err := a.outbox.Failing(); err != nil {
+		http.Error(w, "telemetry: "+explainDisk(err).Error(), http.StatusServiceUnavailable)
+		return
+	}
 	if _, err := a.store.Get("ready"); err != nil {
 		http.Error(w, "desired state: "+err.Error(), http.StatusServiceUnavailable)
 		return

@@ -43,13 +43,26 @@ func (d stateDir) open() (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("state folder %s %w by process %s: an agent runs already; stop it first, or set another state folder (--state)",
 			d, errInUse, strings.TrimSpace(string(pid))), f.Close())
 	}
-	if err = f.Truncate(0); err == nil {
-		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
+	pid := fmt.Sprintf("%d\n", os.Getpid())
+	if _, err = f.WriteAt([]byte(pid), 0); err == nil { // over what stands there, which has its block on a full disk
+		err = f.Truncate(int64(len(pid)))
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.ENOSPC) { // the number only words an error
 		return nil, errors.Join(d.explain(err), f.Close())
 	}
 	return f, nil
+}
+
+// held says why the folder is not this process's own any more: somebody removed it, or its lock.
+func (d stateDir) held(lock *os.File) error {
+	mine, err := lock.Stat()
+	if err != nil {
+		return fmt.Errorf("state folder: %w", err)
+	}
+	if now, err := os.Stat(d.lock()); err != nil || !os.SameFile(mine, now) {
+		return fmt.Errorf("state folder: %s is not the file that this agent locked: the folder was removed or replaced; restart the agent", d.lock())
+	}
+	return nil
 }
 
 func (d stateDir) explain(err error) error {

@@ -186,6 +186,9 @@ func (a *agent) status() Status {
 	if s.Disk.FreeBytes < lowDisk {
 		s.Warnings = append(s.Warnings, "the disk is nearly full: soon messages of devices will be refused and no specs or models be taken; free some space")
 	}
+	if a.store.ReadOnly() {
+		s.Warnings = append(s.Warnings, "the disk was full at the start: what was confirmed is served, but specs are not stored until there is room; free some space")
+	}
 	var why error
 	if s.Devices.NotStored, why = a.broker.Unstored(); why != nil {
 		s.Devices.NotStoredReason = why.Error()
