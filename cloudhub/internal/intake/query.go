@@ -1,6 +1,7 @@
 package intake
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -74,6 +75,69 @@ func (i *Intake) Records(ctx context.Context, q Query, f func(inbox.Record) erro
 		return nil
 	}
 	return err
+}
+
+// Tail gives f the newest n records of each edge and stream that q selects, the newest by sequence, in the order of Records.
+// It reads no more than it gives, as far as From and To allow. Limit and After do not apply.
+func (i *Intake) Tail(ctx context.Context, q Query, n int, f func(inbox.Record) error) error {
+	done, err := i.use()
+	if err != nil {
+		return err
+	}
+	defer done()
+	return i.scan(ctx, q, keyAccount, func(txn *badger.Txn) func(place, uint64, []byte) error {
+		clocks := clockReader{txn, map[string]clockState{}}
+		var last place
+		return func(p place, _ uint64, _ []byte) error {
+			if p.edge == last.edge && p.stream == last.stream {
+				return nil // another epoch of a stream that is done
+			}
+			last = p
+			return i.tail(ctx, txn, Query{Edge: p.edge, Stream: p.stream, From: q.From, To: q.To}, n, clocks, f)
+		}
+	})
+}
+
+// tail is Tail of one stream: it goes back until it has seen n records, then forth.
+func (i *Intake) tail(ctx context.Context, txn *badger.Txn, q Query, n int, clocks clockReader, f func(inbox.Record) error) error {
+	prefix := q.prefix(keyData)
+	seen := 0
+	count := func(inbox.Record) error { seen++; return nil }
+	var start []byte
+	back := txn.NewIterator(badger.IteratorOptions{Reverse: true, Prefix: prefix})
+	defer back.Close()
+	for back.Seek(bytes.Join([][]byte{prefix, bytes.Repeat([]byte{0xff}, 17)}, nil)); back.Valid() && seen < n; back.Next() {
+		if err := i.visit(ctx, back.Item(), q, clocks, count); err != nil {
+			return err
+		}
+		start = back.Item().KeyCopy(start)
+	}
+	give := func(r inbox.Record) error {
+		if seen--; seen >= n {
+			return nil
+		}
+		return f(r)
+	}
+	it := txn.NewIterator(badger.IteratorOptions{Prefix: prefix, PrefetchValues: true, PrefetchSize: 16})
+	defer it.Close()
+	for it.Seek(start); seen > 0 && it.Valid(); it.Next() {
+		if err := i.visit(ctx, it.Item(), q, clocks, give); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// visit gives f the records of the frame under a key that q selects.
+func (i *Intake) visit(ctx context.Context, item *badger.Item, q Query, clocks clockReader, f func(inbox.Record) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	p, _, err := parseKey(item.Key())
+	if err != nil {
+		return err
+	}
+	return item.Value(func(v []byte) error { return i.recordsOf(p, v, q, clocks, f) })
 }
 
 // scan calls visit, made by begin, with every key and value of a kind that q selects by edge and stream.

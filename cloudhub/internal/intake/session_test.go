@@ -337,8 +337,8 @@ func TestQueriesSelect(t *testing.T) {
 }
 
 // Without it, whoever reads telemetry in parts would miss records, or read some twice, where a part ends inside a frame, at the
-// end of a stream, or between records of one time.
-func TestQueriesGoOnAfterARecord(t *testing.T) {
+// end of a stream, or between records of one time; and whoever wants the newest would get others.
+func TestQueriesGoOnAfterARecordAndFromTheEnd(t *testing.T) {
 	s := openStore(t, Config{Dir: t.TempDir()})
 	for _, edge := range []string{"a", "a-b", "b"} {
 		for range 2 { // two starts of the edge
@@ -375,6 +375,27 @@ func TestQueriesGoOnAfterARecord(t *testing.T) {
 			same := slices.EqualFunc(parts, all, func(id inbox.ID, r inbox.Record) bool { return id == r.ID })
 			if !same || len(all) == 0 {
 				t.Errorf("%+v in parts of %d: %d records, want the same %d", q, next.Limit, len(parts), len(all))
+			}
+		}
+	}
+	for _, q := range []Query{{}, {Edge: "a"}, {Stream: "st"}, {Edge: "a-b", Stream: "s"}, {Edge: "b", To: time.Unix(0, 9)}} {
+		all := s.records(t, q)
+		for n := range 14 {
+			var want, got []inbox.ID
+			for k, r := range all {
+				later := 0
+				for _, o := range all[k+1:] {
+					if o.Edge == r.Edge && o.Stream == r.Stream {
+						later++
+					}
+				}
+				if later < n {
+					want = append(want, r.ID)
+				}
+			}
+			err := s.Tail(t.Context(), q, n, func(r inbox.Record) error { got = append(got, r.ID); return nil })
+			if err != nil || !slices.Equal(got, want) {
+				t.Errorf("the newest %d of %+v: %d records, error %v; want %d", n, q, len(got), err, len(want))
 			}
 		}
 	}
