@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -283,13 +284,28 @@ func parsePosition(s string) (id inbox.ID, err error) {
 	return id, nil
 }
 
+func parseTail(v url.Values) (n int, err error) {
+	n, err = strconv.Atoi(v.Get("tail"))
+	switch {
+	case err != nil || n < 1 || n > maxRecords:
+		return n, fmt.Errorf("tail=%q: want 1 to %d", v.Get("tail"), maxRecords)
+	case v.Has("limit") || v.Has("after"):
+		return n, errors.New("tail does not go with limit or after")
+	}
+	return n, nil
+}
+
 // errMore says that there is a record beyond the limit.
 var errMore = errors.New("limit reached")
 
 func (h *hub) telemetry(w http.ResponseWriter, r *http.Request) {
-	q, err := query(r, "after")
-	if after := r.URL.Query().Get("after"); after != "" && err == nil {
+	q, err := query(r, "after", "tail")
+	v, tail := r.URL.Query(), 0
+	if after := v.Get("after"); after != "" && err == nil {
 		q.After, err = parsePosition(after)
+	}
+	if v.Has("tail") && err == nil {
+		tail, err = parseTail(v)
 	}
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -298,15 +314,21 @@ func (h *hub) telemetry(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	w.Header().Set("Trailer", trailerAfter)
 	lines := json.NewEncoder(w)
-	limit, n, last := q.Limit, 0, inbox.ID{}
-	q.Limit = 0
-	err = h.intake.Records(r.Context(), q, func(rec inbox.Record) error {
-		if n++; n > limit {
-			return errMore
-		}
-		last = rec.ID
-		return lines.Encode(newRecordJSON(rec))
-	})
+	write := func(rec inbox.Record) error { return lines.Encode(newRecordJSON(rec)) }
+	var last inbox.ID
+	if tail > 0 {
+		err = h.intake.Tail(r.Context(), q, tail, write)
+	} else {
+		limit, n := q.Limit, 0
+		q.Limit = 0
+		err = h.intake.Records(r.Context(), q, func(rec inbox.Record) error {
+			if n++; n > limit {
+				return errMore
+			}
+			last = rec.ID
+			return write(rec)
+		})
+	}
 	switch {
 	case errors.Is(err, errMore):
 		w.Header().Set(trailerAfter, position(last))

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"strconv"
 	"text/tabwriter"
@@ -60,6 +61,7 @@ func (s *selection) query(now time.Time) (url.Values, error) {
 func telemetryCommand() *cobra.Command {
 	var c client
 	var sel selection
+	var tail int
 	var output string
 	cmd := &cobra.Command{
 		Use:   "telemetry",
@@ -70,7 +72,8 @@ func telemetryCommand() *cobra.Command {
 
 It reads everything that matches, page by page. Programs get the same from the hub's GET /api/v1/telemetry, with edge,
 stream, from, to and limit (1000 unless told, 1000000 at most). If there is more than the limit, the answer ends with the HTTP
-trailer Longshore-After: pass its value, which is edge/stream/epoch/sequence of the last line, as after= to go on from there.`,
+trailer Longshore-After: pass its value, which is edge/stream/epoch/sequence of the last line, as after= to go on from there.
+tail in place of limit is --tail.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := oneOf("-o", output, "ndjson", "table"); err != nil {
@@ -84,11 +87,19 @@ trailer Longshore-After: pass its value, which is edge/stream/epoch/sequence of 
 			if output == "table" {
 				show = printRecords
 			}
+			if cmd.Flags().Changed("tail") {
+				if tail < 1 || sel.limit > 0 {
+					return usagef("--tail %d: want a number of records from 1 on, and no --limit with it", tail)
+				}
+				q.Set("tail", strconv.Itoa(tail))
+				return readPage(cmd.Context(), &c, q, func(res *http.Response) error { return show(cmd.OutOrStdout(), res.Body) })
+			}
 			return readRecords(cmd.Context(), &c, q, sel.limit, pageRecords, func(body io.Reader) error { return show(cmd.OutOrStdout(), body) })
 		},
 	}
 	cmd.Flags().AddFlagSet(c.flags())
 	sel.bind(cmd.Flags())
+	cmd.Flags().IntVar(&tail, "tail", 0, "only the newest `many` of each edge and stream")
 	cmd.Flags().StringVarP(&output, "output", "o", "ndjson", "ndjson or table")
 	cmd.AddCommand(ledgerCommand())
 	return cmd
@@ -104,21 +115,33 @@ func readRecords(ctx context.Context, c *client, q url.Values, limit, page int, 
 			page = min(page, left)
 		}
 		q.Set("limit", strconv.Itoa(page))
-		res, err := c.get(ctx, "/api/v1/telemetry", q)
+		var after string
+		err := readPage(ctx, c, q, func(res *http.Response) error {
+			err := show(res.Body)
+			after = res.Trailer.Get(trailerAfter)
+			return err
+		})
 		if err != nil {
 			return err
 		}
-		err = show(res.Body)
-		res.Body.Close()
-		if err != nil {
-			return fmt.Errorf("the answer broke off: %w", err)
-		}
-		after := res.Trailer.Get(trailerAfter)
 		if after == "" || limit > 0 && page == left {
 			return nil
 		}
 		q.Set("after", after)
 	}
+}
+
+// readPage shows one answer.
+func readPage(ctx context.Context, c *client, q url.Values, show func(*http.Response) error) error {
+	res, err := c.get(ctx, "/api/v1/telemetry", q)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if err := show(res); err != nil {
+		return fmt.Errorf("the answer broke off: %w", err)
+	}
+	return nil
 }
 
 func copyRecords(w io.Writer, body io.Reader) error {

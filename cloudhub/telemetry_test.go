@@ -112,6 +112,13 @@ func TestTelemetryIsWholeOrSaysThatItIsNot(t *testing.T) {
 	if out, err := runCommandLine(t, "telemetry", "--api", api, "--limit", "5"); err != nil || !slices.Equal(payloads(t, strings.NewReader(out)), want[:5]) {
 		t.Errorf("--limit 5 gives\n%s, error %v", out, err)
 	}
+	newest := slices.Concat(want[398:400], want[798:800], want[1198:1200], want[1598:])
+	if out, err := runCommandLine(t, "telemetry", "--api", api, "--tail", "2"); err != nil || !slices.Equal(payloads(t, strings.NewReader(out)), newest) {
+		t.Errorf("--tail 2 gives\n%s, error %v", out, err)
+	}
+	if _, err := runCommandLine(t, "telemetry", "--api", api, "--tail", "2", "--limit", "3"); err == nil || !strings.Contains(err.Error(), "no --limit") {
+		t.Errorf("--tail with --limit: %v", err)
+	}
 	for _, limit := range []int{0, 13, 14, 401, 1600, 2000} {
 		var got bytes.Buffer
 		c := client{}
