@@ -45,7 +45,7 @@ test: ## every check and test; installs what they need
 	@e2e/test.sh
 
 soak: ## faults under load for DURATION (30m); prints what it costs every minute, and a summary. SEED repeats one
-	@DURATION=$(or $(DURATION),30m) go test -count=1 -timeout 0 ./e2e/fault -run KillsUnderLoad
+	@DURATION=$(or $(DURATION),30m) go test -v -count=1 -timeout 0 ./e2e/fault -run KillsUnderLoad
 
 onnxruntime: ## get the ONNX Runtime library (through npm) into the cache
 	@edgehub/worker/get-onnxruntime.sh
