@@ -645,7 +645,71 @@ func (x *Loss) GetWallNs() int64 {
 	return 0
 }
 
-// Ack says what the sink holds durably. Topic: nodes/<edge>/ack, down, on subscribe and on change.
+// SignedAck is the payload of nodes/<edge>/ack, down, on subscribe and on change.
+type SignedAck struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Serialized Ack.
+	Ack []byte `protobuf:"bytes,1,opt,name=ack,proto3" json:"ack,omitempty"`
+	// First 8 bytes of SHA-256 of the Ed25519 public key.
+	KeyId []byte `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// Ed25519 over "longshore/v1 ack\x00", the nonce of the session's Hello, and ack.
+	Signature     []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignedAck) Reset() {
+	*x = SignedAck{}
+	mi := &file_telemetry_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignedAck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignedAck) ProtoMessage() {}
+
+func (x *SignedAck) ProtoReflect() protoreflect.Message {
+	mi := &file_telemetry_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignedAck.ProtoReflect.Descriptor instead.
+func (*SignedAck) Descriptor() ([]byte, []int) {
+	return file_telemetry_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *SignedAck) GetAck() []byte {
+	if x != nil {
+		return x.Ack
+	}
+	return nil
+}
+
+func (x *SignedAck) GetKeyId() []byte {
+	if x != nil {
+		return x.KeyId
+	}
+	return nil
+}
+
+func (x *SignedAck) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+// Ack says what the sink holds durably.
 type Ack struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Epochs        []*EpochAck            `protobuf:"bytes,1,rep,name=epochs,proto3" json:"epochs,omitempty"`
@@ -655,7 +719,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_telemetry_proto_msgTypes[8]
+	mi := &file_telemetry_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +731,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_telemetry_proto_msgTypes[8]
+	mi := &file_telemetry_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +744,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_telemetry_proto_rawDescGZIP(), []int{8}
+	return file_telemetry_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Ack) GetEpochs() []*EpochAck {
@@ -700,7 +764,7 @@ type EpochAck struct {
 
 func (x *EpochAck) Reset() {
 	*x = EpochAck{}
-	mi := &file_telemetry_proto_msgTypes[9]
+	mi := &file_telemetry_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +776,7 @@ func (x *EpochAck) String() string {
 func (*EpochAck) ProtoMessage() {}
 
 func (x *EpochAck) ProtoReflect() protoreflect.Message {
-	mi := &file_telemetry_proto_msgTypes[9]
+	mi := &file_telemetry_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +789,7 @@ func (x *EpochAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EpochAck.ProtoReflect.Descriptor instead.
 func (*EpochAck) Descriptor() ([]byte, []int) {
-	return file_telemetry_proto_rawDescGZIP(), []int{9}
+	return file_telemetry_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EpochAck) GetEpoch() []byte {
@@ -755,7 +819,7 @@ type StreamAck struct {
 
 func (x *StreamAck) Reset() {
 	*x = StreamAck{}
-	mi := &file_telemetry_proto_msgTypes[10]
+	mi := &file_telemetry_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +831,7 @@ func (x *StreamAck) String() string {
 func (*StreamAck) ProtoMessage() {}
 
 func (x *StreamAck) ProtoReflect() protoreflect.Message {
-	mi := &file_telemetry_proto_msgTypes[10]
+	mi := &file_telemetry_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +844,7 @@ func (x *StreamAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamAck.ProtoReflect.Descriptor instead.
 func (*StreamAck) Descriptor() ([]byte, []int) {
-	return file_telemetry_proto_rawDescGZIP(), []int{10}
+	return file_telemetry_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StreamAck) GetStream() string {
@@ -815,7 +879,7 @@ type Range struct {
 
 func (x *Range) Reset() {
 	*x = Range{}
-	mi := &file_telemetry_proto_msgTypes[11]
+	mi := &file_telemetry_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -827,7 +891,7 @@ func (x *Range) String() string {
 func (*Range) ProtoMessage() {}
 
 func (x *Range) ProtoReflect() protoreflect.Message {
-	mi := &file_telemetry_proto_msgTypes[11]
+	mi := &file_telemetry_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -840,7 +904,7 @@ func (x *Range) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Range.ProtoReflect.Descriptor instead.
 func (*Range) Descriptor() ([]byte, []int) {
-	return file_telemetry_proto_rawDescGZIP(), []int{11}
+	return file_telemetry_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Range) GetFirst() uint64 {
@@ -904,7 +968,11 @@ const file_telemetry_proto_rawDesc = "" +
 	"\x05first\x18\x02 \x01(\x04R\x05first\x12\x12\n" +
 	"\x04last\x18\x03 \x01(\x04R\x04last\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x17\n" +
-	"\awall_ns\x18\x05 \x01(\x03R\x06wallNs\"5\n" +
+	"\awall_ns\x18\x05 \x01(\x03R\x06wallNs\"R\n" +
+	"\tSignedAck\x12\x10\n" +
+	"\x03ack\x18\x01 \x01(\fR\x03ack\x12\x15\n" +
+	"\x06key_id\x18\x02 \x01(\fR\x05keyId\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"5\n" +
 	"\x03Ack\x12.\n" +
 	"\x06epochs\x18\x01 \x03(\v2\x16.longshore.v1.EpochAckR\x06epochs\"S\n" +
 	"\bEpochAck\x12\x14\n" +
@@ -935,7 +1003,7 @@ func file_telemetry_proto_rawDescGZIP() []byte {
 }
 
 var file_telemetry_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_telemetry_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_telemetry_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_telemetry_proto_goTypes = []any{
 	(ClockQuality)(0), // 0: longshore.v1.ClockQuality
 	(*Telemetry)(nil), // 1: longshore.v1.Telemetry
@@ -946,11 +1014,12 @@ var file_telemetry_proto_goTypes = []any{
 	(*Record)(nil),    // 6: longshore.v1.Record
 	(*Fragment)(nil),  // 7: longshore.v1.Fragment
 	(*Loss)(nil),      // 8: longshore.v1.Loss
-	(*Ack)(nil),       // 9: longshore.v1.Ack
-	(*EpochAck)(nil),  // 10: longshore.v1.EpochAck
-	(*StreamAck)(nil), // 11: longshore.v1.StreamAck
-	(*Range)(nil),     // 12: longshore.v1.Range
-	(Encoding)(0),     // 13: longshore.v1.Encoding
+	(*SignedAck)(nil), // 9: longshore.v1.SignedAck
+	(*Ack)(nil),       // 10: longshore.v1.Ack
+	(*EpochAck)(nil),  // 11: longshore.v1.EpochAck
+	(*StreamAck)(nil), // 12: longshore.v1.StreamAck
+	(*Range)(nil),     // 13: longshore.v1.Range
+	(Encoding)(0),     // 14: longshore.v1.Encoding
 }
 var file_telemetry_proto_depIdxs = []int32{
 	3,  // 0: longshore.v1.Telemetry.clocks:type_name -> longshore.v1.Clock
@@ -958,11 +1027,11 @@ var file_telemetry_proto_depIdxs = []int32{
 	7,  // 2: longshore.v1.Telemetry.fragment:type_name -> longshore.v1.Fragment
 	8,  // 3: longshore.v1.Telemetry.ledger:type_name -> longshore.v1.Loss
 	0,  // 4: longshore.v1.Clock.quality:type_name -> longshore.v1.ClockQuality
-	13, // 5: longshore.v1.Frame.encoding:type_name -> longshore.v1.Encoding
+	14, // 5: longshore.v1.Frame.encoding:type_name -> longshore.v1.Encoding
 	6,  // 6: longshore.v1.Records.records:type_name -> longshore.v1.Record
-	10, // 7: longshore.v1.Ack.epochs:type_name -> longshore.v1.EpochAck
-	11, // 8: longshore.v1.EpochAck.streams:type_name -> longshore.v1.StreamAck
-	12, // 9: longshore.v1.StreamAck.above:type_name -> longshore.v1.Range
+	11, // 7: longshore.v1.Ack.epochs:type_name -> longshore.v1.EpochAck
+	12, // 8: longshore.v1.EpochAck.streams:type_name -> longshore.v1.StreamAck
+	13, // 9: longshore.v1.StreamAck.above:type_name -> longshore.v1.Range
 	10, // [10:10] is the sub-list for method output_type
 	10, // [10:10] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
@@ -982,7 +1051,7 @@ func file_telemetry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_telemetry_proto_rawDesc), len(file_telemetry_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -105,6 +105,8 @@ func NewSession(cfg SessionConfig, hello *longshorepb.Hello, _ time.Time) (*Sess
 	switch w := hello.GetWire(); {
 	case w == 0:
 		return nil, errors.New("hello without wire version")
+	case w < longshorepb.Wire:
+		return nil, fmt.Errorf("the edge speaks wire version %d, this hub only %d: upgrade the edge", w, longshorepb.Wire)
 	case w > longshorepb.Wire:
 		return nil, fmt.Errorf("the edge speaks wire version %d, this hub only up to %d: upgrade the hub", w, longshorepb.Wire)
 	case len(hello.GetNonce()) != 16 || len(hello.GetInstance()) != 16:

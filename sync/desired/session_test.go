@@ -199,6 +199,41 @@ func TestUnknownIsSigned(t *testing.T) {
 	}
 }
 
+// TestAckIsSigned (G3): whoever is in the middle of an open link could have the edge drop readings that no sink has.
+func TestAckIsSigned(t *testing.T) {
+	s := testSession(t, nil, func(h *longshorepb.Hello) { h.Nonce[0] = 1 })
+	ack := &longshorepb.Ack{Epochs: []*longshorepb.EpochAck{{Epoch: make([]byte, 16), Streams: []*longshorepb.StreamAck{{Stream: "s", Watermark: 7}}}}}
+	payload := s.SignAck(ack)
+	r := started(t)
+	got, err := r.OpenAck(payload)
+	if err != nil || !proto.Equal(got, ack) {
+		t.Fatalf("opened %v, error %v", got, err)
+	}
+	altered := func(f func(*longshorepb.SignedAck)) []byte {
+		var m longshorepb.SignedAck
+		if err := proto.Unmarshal(payload, &m); err != nil {
+			t.Fatal(err)
+		}
+		f(&m)
+		return marshal(&m)
+	}
+	for name, forged := range map[string][]byte{
+		"bare": marshal(ack), "nothing": nil, "not a message": {0xff},
+		"another content": altered(func(m *longshorepb.SignedAck) { m.Ack = marshal(&longshorepb.Ack{}) }),
+		"an unknown key":  altered(func(m *longshorepb.SignedAck) { m.KeyId[0]++ }),
+		"no signature":    altered(func(m *longshorepb.SignedAck) { m.Signature = nil }),
+		"a wrong one":     altered(func(m *longshorepb.SignedAck) { m.Signature[0]++ }),
+		"another session": testSession(t, nil, func(h *longshorepb.Hello) { h.Nonce[0] = 2 }).SignAck(ack),
+		"a head's domain": altered(func(m *longshorepb.SignedAck) {
+			m.Signature = ed25519.Sign(s.cfg.Key, append([]byte(headTag), m.Ack...))
+		}),
+	} {
+		if _, err := r.OpenAck(forged); err == nil {
+			t.Errorf("%s is believed", name)
+		}
+	}
+}
+
 // TestBackAndForth: a change that is taken back while it is on its way would leave the edge on it for good, if the head that
 // takes it back got lost.
 func TestBackAndForth(t *testing.T) {

@@ -7,8 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -435,7 +433,7 @@ func (s *sender) proofEnded(err error) {
 }
 
 func (s *sender) sendAck() (sent bool, err error) {
-	if !s.acksOn {
+	if !s.acksOn || s.session == nil {
 		return false, nil
 	}
 	ack := s.c.acknowledgement(s.acksFull)
@@ -443,11 +441,7 @@ func (s *sender) sendAck() (sent bool, err error) {
 	if ack == nil {
 		return false, nil
 	}
-	payload, err := proto.Marshal(ack)
-	if err != nil {
-		return false, err
-	}
-	return true, s.send(topic.Topic{Kind: topic.Ack, Edge: s.c.edge}.String(), payload, false)
+	return true, s.send(topic.Topic{Kind: topic.Ack, Edge: s.c.edge}.String(), s.session.SignAck(ack), false)
 }
 
 // send writes one message and counts it.

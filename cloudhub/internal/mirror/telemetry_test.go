@@ -82,8 +82,9 @@ func TestG3TelemetryIsAcknowledgedOnceItIsStored(t *testing.T) {
 			if m.Topic != (topic.Topic{Kind: topic.Ack, Edge: "e1"}).String() {
 				continue
 			}
-			ack := &longshorepb.Ack{}
-			unmarshal(t, m.Payload, ack)
+			signed, ack := &longshorepb.SignedAck{}, &longshorepb.Ack{}
+			unmarshal(t, m.Payload, signed)
+			unmarshal(t, signed.GetAck(), ack)
 			if err := log.Ack(ack); err != nil {
 				return err
 			}

@@ -317,11 +317,7 @@ func (h *hub) outgoing(c *hubConn) []desired.Send {
 			}
 			ack.Epochs = append(ack.Epochs, e)
 		}
-		b, err := proto.Marshal(&ack)
-		if err != nil {
-			h.t.Error(err)
-		}
-		out = append(out, desired.Send{Topic: topic.Topic{Kind: topic.Ack, Edge: edgeName}.String(), Payload: b})
+		out = append(out, desired.Send{Topic: topic.Topic{Kind: topic.Ack, Edge: edgeName}.String(), Payload: c.session.SignAck(&ack)})
 	}
 	return out
 }

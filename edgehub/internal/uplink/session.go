@@ -7,10 +7,7 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/longshore-edge/longshore/broker/mqttconn"
-	"github.com/longshore-edge/longshore/proto/longshorepb"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -146,17 +143,19 @@ func (s *session) acknowledge(m mqttconn.Message) {
 		s.up.reject(m.Topic, errUnproved)
 		return
 	}
-	var ack longshorepb.Ack
-	if err := proto.Unmarshal(m.Payload, &ack); err != nil {
+	s.up.mu.Lock()
+	ack, err := s.up.replica.OpenAck(m.Payload)
+	s.up.mu.Unlock()
+	if err != nil {
 		s.up.reject(m.Topic, err)
 		return
 	}
-	if err := s.up.cfg.Outbox.Ack(&ack); err != nil {
+	if err := s.up.cfg.Outbox.Ack(ack); err != nil {
 		s.up.reject(m.Topic, err)
 		return
 	}
 	s.up.mu.Lock()
-	s.writer.flow.acked(&ack, time.Now())
+	s.writer.flow.acked(ack, time.Now())
 	s.up.mu.Unlock()
 	s.writer.poke()
 }
