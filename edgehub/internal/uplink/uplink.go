@@ -222,7 +222,7 @@ func (u *Uplink) serve(ctx context.Context, conn *mqttconn.Session) error {
 	u.cfg.Logger.Info("session began", "session", number)
 	u.cfg.LinkUp()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.loop(ctx) })
+	g.Go(func() error { return s.serve(ctx) })
 	g.Go(func() error { return s.writer.run(ctx) })
 	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
