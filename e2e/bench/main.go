@@ -19,7 +19,7 @@ import (
 )
 
 // limit bounds one experiment.
-const limit = 20 * time.Minute
+const limit = 30 * time.Minute
 
 // sizes of what is measured.
 type sizes struct {
