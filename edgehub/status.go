@@ -184,7 +184,7 @@ func (a *agent) status() Status {
 	}
 	s.Disk.SizeBytes, s.Disk.FreeBytes = diskOf(a.cfg.State)
 	if s.Disk.FreeBytes < lowDisk {
-		s.Warnings = append(s.Warnings, "the disk is nearly full: soon messages of devices will be refused and no specs or models be taken; free some space")
+		s.Warnings = append(s.Warnings, "the disk is nearly full: soon the oldest telemetry is dropped (or refused, as the stream says) and no specs or models are taken; free some space")
 	}
 	if a.store.ReadOnly() {
 		s.Warnings = append(s.Warnings, "the disk was full at the start: what was confirmed is served, but specs are not stored until there is room; free some space")
