@@ -68,14 +68,15 @@ func fillUp(t *testing.T, n *rigtest.Numbers) {
 	t.Fatal("the disk never filled up")
 }
 
-// G2, G3 and G4: the link is down for so long that readings fill the disk. Devices get no PUBACK then, the status says what to
-// do, the box still boots, and once the link is back it delivers everything and takes readings again, without help.
+// G2, G3 and G4: the link is down for so long that readings of a stream that refuses rather than drops fill the disk. Devices
+// get no PUBACK then, the status says what to do, the box still boots, and once the link is back it delivers everything and
+// takes readings again, without help.
 func TestG2G3G4ReadingsFillTheDisk(t *testing.T) {
 	t.Parallel()
 	s := rigtest.NewSite(t, bin)
 	s.StartHub()
 	s.Write("a.yaml", rigtest.PodManifest("a", "dock-1", "v1"))
-	e := s.Edge("dock-1", rigtest.Readings)
+	e := s.Edge("dock-1", rigtest.Readings+"  policy: refuse\n")
 	smallDisk(t, e.State(), 72)
 	s.Start(e)
 	n := rigtest.NewNumbers(t, e, "press")
