@@ -359,9 +359,10 @@ func (d *download) run(ctx context.Context, from Fetcher) error {
 	return nil
 }
 
-// diskReserve is the free space that model files leave on the disk. It is more than the store of desired state needs: a disk
-// that models could fill to the end would take no list any more that removes them.
-const diskReserve = 48 << 20
+// maxReserve bounds the free space that model files leave on the disk, a third of a small one. It is more than telemetry and the
+// store of desired state leave: a disk that models could fill to there would squeeze out all telemetry, and take no list any
+// more that removes them.
+const maxReserve = 96 << 20
 
 // fits says whether n bytes more leave enough room on the disk.
 func (d *download) fits(n int64) error {
@@ -370,8 +371,9 @@ func (d *download) fits(n int64) error {
 		return diskFailure(err)
 	}
 	free := int64(fs.Bavail) * int64(fs.Bsize) //nolint:unconvert // the types differ between architectures
-	if free-n < diskReserve {
-		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, n>>20+1, free>>20, int64(diskReserve)>>20))
+	reserve := min(maxReserve, int64(fs.Blocks)*int64(fs.Bsize)/3) //nolint:unconvert // as above
+	if free-n < reserve {
+		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, n>>20+1, free>>20, reserve>>20))
 	}
 	return nil
 }
