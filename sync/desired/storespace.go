@@ -31,7 +31,7 @@ func space(dir string) (free, size uint64, err error) {
 	if err := unix.Statfs(dir, &st); err != nil {
 		return 0, 0, fmt.Errorf("ask for the free space of %s: %w", dir, err)
 	}
-	unit := uint64(st.Bsize) //nolint:unconvert // the types differ between architectures
+	unit := uint64(st.Bsize)
 	return uint64(st.Bavail) * unit, uint64(st.Blocks) * unit, nil
 }
 

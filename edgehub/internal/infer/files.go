@@ -370,7 +370,7 @@ func (d *download) fits(n int64) error {
 	if err := unix.Statfs(d.file.Name(), &fs); err != nil {
 		return diskFailure(err)
 	}
-	free := int64(fs.Bavail) * int64(fs.Bsize) //nolint:unconvert // the types differ between architectures
+	free := int64(fs.Bavail) * int64(fs.Bsize)                     //nolint:unconvert // the types differ between architectures
 	reserve := min(maxReserve, int64(fs.Blocks)*int64(fs.Bsize)/3) //nolint:unconvert // as above
 	if free-n < reserve {
 		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, n>>20+1, free>>20, reserve>>20))
