@@ -54,6 +54,7 @@ type hub struct {
 	// lostReports is how many reports of a committed list to lose.
 	lostReports int
 	withhold    bool
+	unknown     bool         // the hub knows no such Edge
 	order       []topic.Kind // of everything received
 }
 
@@ -173,6 +174,9 @@ func (h *hub) Received(c *broker.Conn, name string, payload []byte) {
 			return
 		}
 		h.conn.session.SetList(time.Now(), h.list)
+		if h.unknown {
+			h.conn.session.Dismiss(time.Now())
+		}
 	case topic.Reported:
 		var m longshorepb.Reported
 		h.decode(payload, &m)

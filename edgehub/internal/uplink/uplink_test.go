@@ -308,9 +308,11 @@ func TestUnknownEdgeIsShownAndKeepsWhatItHolds(t *testing.T) {
 	e := newEdge(t, h, t.TempDir())
 	eventually(t, "the list is applied", h.inSync)
 	h.mu.Lock()
+	h.unknown = true
 	h.conn.session.Dismiss(time.Now())
 	signal(h.conn.wake)
 	h.mu.Unlock()
+	// It goes on asking, and is refused each time: between the tries, which become rarer, the status says why.
 	eventually(t, "the status says why", func() bool {
 		s := e.Status()
 		return !s.Link.Connected && s.Link.Err != nil && strings.Contains(s.Link.Err.Error(), "knows no Edge \"edge-1\"")
@@ -318,6 +320,9 @@ func TestUnknownEdgeIsShownAndKeepsWhatItHolds(t *testing.T) {
 	if s := e.Status(); s.Superseded || s.Replica.Committed != first.Digest {
 		t.Errorf("status %+v, want the list held", s)
 	}
+	h.mu.Lock()
+	h.unknown = false
+	h.mu.Unlock()
 	second := h.hold("2")
 	eventually(t, "it comes back by itself", func() bool { return e.Status().Replica.Committed == second.Digest && h.inSync() })
 }
