@@ -162,7 +162,7 @@ func TestG1G4ModelDoesNotFitTheDisk(t *testing.T) {
 	e := s.Edge("dock-1", "")
 	smallDisk(t, e.State(), 96)
 	s.Start(e)
-	content := []byte(rigtest.Noise(60 << 20))
+	content := []byte(rigtest.Noise(72 << 20))
 	if err := os.WriteFile(filepath.Join(s.Hub.Models(), "large.onnx"), content, 0o644); err != nil {
 		t.Fatal(err)
 	}
