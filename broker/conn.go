@@ -32,14 +32,15 @@ type Conn struct {
 	granted     []string       // virtual filters of it
 	replays     []packets.Subscription
 
-	slots  chan struct{} // a PUBLISH holds one until it is acknowledged on the wire
-	wake   chan struct{} // 1-slot: look again
-	gone   chan struct{} // closed when nothing of the connection is left and its session is free
-	writer chan struct{} // closed when the write goroutine has ended; nil if it never started
+	slots chan struct{} // a PUBLISH holds one until it is acknowledged on the wire
+	wake  chan struct{} // 1-slot: look again
+	gone  chan struct{} // closed when nothing of the connection is left and its session is free
 
 	mu     sync.Mutex
 	acks   []packets.Packet
 	reason string
+	writer chan struct{} // closed when the write goroutine has ended; nil if it was never needed
+	ended  bool          // nothing may be written any more
 }
 
 // subscription is one filter of a SUBSCRIBE, with what mochi is not to act on itself.
@@ -111,8 +112,15 @@ func (c *Conn) write(pk packets.Packet) error {
 	return err
 }
 
-// poke wakes the write goroutine.
+// poke wakes the write goroutine, and starts it the first time: the many connections whose clients only publish at QoS 0 and
+// use virtual topics never need one.
 func (c *Conn) poke() {
+	c.mu.Lock()
+	if c.writer == nil && !c.ended {
+		c.writer = make(chan struct{})
+		go c.writeLoop() // closeWriter waits for it
+	}
+	c.mu.Unlock()
 	select {
 	case c.wake <- struct{}{}:
 	default:
@@ -148,6 +156,17 @@ func (c *Conn) writeLoop() {
 			c.Close("write: " + err.Error())
 			return
 		}
+	}
+}
+
+// closeWriter waits for the write goroutine of a connection that has ended, and lets none start.
+func (c *Conn) closeWriter() {
+	c.mu.Lock()
+	c.ended = true
+	writer := c.writer
+	c.mu.Unlock()
+	if writer != nil {
+		<-writer
 	}
 }
 

@@ -1,10 +1,7 @@
 package broker
 
 import (
-	"context"
-	"fmt"
 	"strings"
-	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/packets"
@@ -31,8 +28,8 @@ func (h *hook) ID() string { return "longshore" }
 
 func (h *hook) Provides(b byte) bool {
 	switch b {
-	case mqtt.OnPacketRead, mqtt.OnConnect, mqtt.OnConnectAuthenticate, mqtt.OnSessionEstablished, mqtt.OnACLCheck,
-		mqtt.OnPublish, mqtt.OnSubscribe, mqtt.OnSubscribed, mqtt.OnPacketProcessed, mqtt.OnPacketEncode:
+	case mqtt.OnPacketRead, mqtt.OnACLCheck, mqtt.OnPublish, mqtt.OnSubscribe, mqtt.OnSubscribed, mqtt.OnPacketProcessed,
+		mqtt.OnPacketEncode:
 		return true
 	}
 	return false
@@ -85,85 +82,6 @@ func (h *hook) readConnect(c *Conn, pk packets.Packet) (packets.Packet, error) {
 	}
 	p.WillFlag, p.WillRetain, p.WillQos, p.WillTopic, p.WillPayload, p.WillProperties = false, false, 0, "", nil, packets.Properties{}
 	return pk, nil
-}
-
-// OnConnect authenticates, judges the will and takes over the session; an earlier connection of the same client has
-// ended completely when it returns.
-func (h *hook) OnConnect(cl *mqtt.Client, pk packets.Packet) error {
-	c := connOf(cl)
-	b := h.b
-	c.client = cl
-	c.login.ClientID = cl.ID
-	c.login.Username = string(pk.Connect.Username)
-	c.login.Password = pk.Connect.Password
-	refuse := func(v5, v3 packets.Code, err error) error {
-		b.stats.refused.Add(1)
-		if cl.Properties.ProtocolVersion < 5 {
-			v5 = v3 // mochi does not translate all
-		}
-		_ = b.engine.SendConnack(cl, v5, false, nil)
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), b.cfg.HandshakeTimeout)
-	defer cancel()
-	id, err := b.cfg.Auth.Authenticate(ctx, c.login)
-	c.login.Password = nil
-	if err != nil {
-		return refuse(packets.ErrBadUsernameOrPassword, packets.Err3NotAuthorized, fmt.Errorf("authenticate: %w", err))
-	}
-	c.identity = id
-	key := id.Name + "\x00" + cl.ID
-	if c.will != nil {
-		if b.virtual(c.will.topic) || !c.mayPublish(c.will.topic) {
-			return refuse(packets.ErrNotAuthorized, packets.Err3NotAuthorized, fmt.Errorf("will on topic %q is not allowed to %q", c.will.topic, id.Name))
-		}
-		c.will.origin, c.will.from, c.will.client = key, id, cl.ID
-	}
-	if err := b.claim(c, key, pk.Connect.Clean); err != nil {
-		return err
-	}
-	// mochi's key of a client, in its topic tree too: an identity can't reach another's session by its client id.
-	cl.ID = key
-	cl.State.Subscriptions = c.session.subs
-	h.judgeAgain(c)
-	return nil
-}
-
-// judgeAgain ends subscriptions of a resumed session that the identity may no longer have.
-func (h *hook) judgeAgain(c *Conn) {
-	for filter := range c.session.subs.GetAll() {
-		if !c.maySubscribe(filter) {
-			h.b.engine.Topics.Unsubscribe(filter, c.session.key)
-			c.session.subs.Delete(filter)
-		}
-	}
-}
-
-// OnConnectAuthenticate: a client that is not authentic did not get past OnConnect.
-func (h *hook) OnConnectAuthenticate(cl *mqtt.Client, _ packets.Packet) bool {
-	return connOf(cl).session != nil
-}
-
-// OnSessionEstablished runs after the CONNACK was written.
-func (h *hook) OnSessionEstablished(cl *mqtt.Client, _ packets.Packet) {
-	c := connOf(cl)
-	c.established = true
-	alive := time.Duration(cl.State.Keepalive) * time.Second * 3 / 2
-	if alive == 0 {
-		_ = c.link.wire.SetReadDeadline(time.Time{})
-	}
-	c.link.wire.readLimit.Store(int64(alive))
-	window := flightWindow
-	if rm := int(cl.Properties.Props.ReceiveMaximum); cl.Properties.ProtocolVersion == 5 && rm > 0 {
-		window = min(window, rm)
-	}
-	c.writer = make(chan struct{})
-	go c.writeLoop() // serve waits for it
-	c.session.attach(c, window)
-	if h.b.cfg.Virtual != nil {
-		h.b.cfg.Virtual.Connected(c)
-	}
-	c.handling = false
 }
 
 // OnACLCheck judges topics of PUBLISH (write) and filters of SUBSCRIBE.

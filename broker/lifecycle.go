@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	mqtt "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/packets"
 )
 
@@ -61,8 +62,8 @@ func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login)
 	b.log.Info("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote, "error", err)
 }
 
-// establish lets mochi serve the connection. Its decoders panic on some truncated packets (an MQTT 5 SUBSCRIBE without
-// options is enough): that ends the connection, not the program. Any other panic goes on.
+// establish serves MQTT on the connection until it ends. mochi's decoders panic on some truncated packets (an MQTT 5
+// SUBSCRIBE without options is enough): that ends the connection, not the program. Any other panic goes on.
 func (b *Broker) establish(listener string, l *link) (err error) {
 	defer func() {
 		if l.conn.handling {
@@ -73,7 +74,143 @@ func (b *Broker) establish(listener string, l *link) (err error) {
 			err = fmt.Errorf("malformed packet: %v", r)
 		}
 	}()
-	return b.engine.EstablishConnection(listener, l)
+	cl := b.engine.NewClient(l, listener, "", false)
+	defer cl.Stop(nil)
+	if err := b.connect(l.conn, cl, listener); err != nil {
+		return err
+	}
+	// While nothing comes, no more than this frame and the header's is on the stack: there are many connections.
+	for !cl.Closed() {
+		var fh packets.FixedHeader
+		if err := cl.ReadFixedHeader(&fh); err != nil {
+			return err
+		}
+		if err := b.process(l.conn, &fh); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// connect reads the CONNECT packet and answers it; an error ends the connection.
+func (b *Broker) connect(c *Conn, cl *mqtt.Client, listener string) error {
+	var fh packets.FixedHeader
+	if err := cl.ReadFixedHeader(&fh); err != nil {
+		return fmt.Errorf("read CONNECT: %w", err)
+	}
+	pk, err := cl.ReadPacket(&fh)
+	if err != nil {
+		return fmt.Errorf("read CONNECT: %w", err)
+	}
+	cl.ParseConnect(listener, pk)
+	if code := validConnect(cl, &pk); code != packets.CodeSuccess {
+		return errors.Join(code, b.engine.SendConnack(cl, code, false, nil))
+	}
+	if err := b.identify(c, cl, &pk); err != nil {
+		return err
+	}
+	if err := b.engine.SendConnack(cl, packets.CodeSuccess, c.present, nil); err != nil {
+		return fmt.Errorf("acknowledge CONNECT: %w", err)
+	}
+	b.established(c, cl)
+	c.handling = false
+	return nil
+}
+
+// validConnect judges what the packet says of itself (MQTT 3.1.1 and 5, section 3.1).
+func validConnect(cl *mqtt.Client, pk *packets.Packet) packets.Code {
+	if code := pk.ConnectValidate(); code != packets.CodeSuccess {
+		return code
+	}
+	if cl.Properties.ProtocolVersion < 5 && !pk.Connect.Clean && pk.Connect.ClientIdentifier == "" {
+		return packets.ErrUnspecifiedError
+	}
+	if cl.Properties.ProtocolVersion < 3 {
+		return packets.ErrUnsupportedProtocolVersion
+	}
+	return packets.CodeSuccess
+}
+
+// identify authenticates, judges the will and takes over the session; an earlier connection of the same client has
+// ended completely when it returns. Whom it refuses has got a CONNACK that says so.
+func (b *Broker) identify(c *Conn, cl *mqtt.Client, pk *packets.Packet) error {
+	c.client = cl
+	c.login.ClientID = cl.ID
+	c.login.Username = string(pk.Connect.Username)
+	c.login.Password = pk.Connect.Password
+	refuse := func(v5, v3 packets.Code, err error) error {
+		b.stats.refused.Add(1)
+		if cl.Properties.ProtocolVersion < 5 {
+			v5 = v3 // mochi does not translate all
+		}
+		_ = b.engine.SendConnack(cl, v5, false, nil)
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), b.cfg.HandshakeTimeout)
+	defer cancel()
+	id, err := b.cfg.Auth.Authenticate(ctx, c.login)
+	c.login.Password = nil
+	if err != nil {
+		return refuse(packets.ErrBadUsernameOrPassword, packets.Err3NotAuthorized, fmt.Errorf("authenticate: %w", err))
+	}
+	c.identity = id
+	key := id.Name + "\x00" + cl.ID
+	if c.will != nil {
+		if b.virtual(c.will.topic) || !c.mayPublish(c.will.topic) {
+			return refuse(packets.ErrNotAuthorized, packets.Err3NotAuthorized, fmt.Errorf("will on topic %q is not allowed to %q", c.will.topic, id.Name))
+		}
+		c.will.origin, c.will.from, c.will.client = key, id, cl.ID
+	}
+	if err := b.claim(c, key, pk.Connect.Clean); err != nil {
+		return err
+	}
+	// mochi's key of a client, in its topic tree too: an identity can't reach another's session by its client id.
+	cl.ID = key
+	cl.State.Subscriptions = c.session.subs
+	b.judgeAgain(c)
+	return nil
+}
+
+// judgeAgain ends subscriptions of a resumed session that the identity may no longer have.
+func (b *Broker) judgeAgain(c *Conn) {
+	for filter := range c.session.subs.GetAll() {
+		if !c.maySubscribe(filter) {
+			b.engine.Topics.Unsubscribe(filter, c.session.key)
+			c.session.subs.Delete(filter)
+		}
+	}
+}
+
+// established runs after the CONNACK was written.
+func (b *Broker) established(c *Conn, cl *mqtt.Client) {
+	c.established = true
+	alive := time.Duration(cl.State.Keepalive) * time.Second * 3 / 2
+	if alive == 0 {
+		_ = c.link.wire.SetReadDeadline(time.Time{})
+	}
+	c.link.wire.readLimit.Store(int64(alive))
+	window := flightWindow
+	if rm := int(cl.Properties.Props.ReceiveMaximum); cl.Properties.ProtocolVersion == 5 && rm > 0 {
+		window = min(window, rm)
+	}
+	c.session.attach(c, window)
+	if b.cfg.Virtual != nil {
+		b.cfg.Virtual.Connected(c)
+	}
+}
+
+// process reads the rest of a packet and has mochi answer it. An MQTT 5 client is told what it did wrong.
+func (b *Broker) process(c *Conn, fh *packets.FixedHeader) error {
+	pk, err := c.client.ReadPacket(fh)
+	if err != nil {
+		return err
+	}
+	err = b.engine.InjectPacket(c.client, pk)
+	var code packets.Code
+	if errors.As(err, &code) && c.client.Properties.ProtocolVersion == 5 && code.Code >= packets.ErrUnspecifiedError.Code {
+		_ = b.engine.DisconnectClient(c.client, code)
+	}
+	return err
 }
 
 // claim makes c the owner of the client's session. An owner before it is closed and has left no goroutine when claim
@@ -143,14 +280,11 @@ func (c *Conn) takeOver() {
 // finish ends c's hold on its session: the write goroutine has ended, the owner of the virtual topics was told, the
 // will is on its way, and the session stays or goes as the client asked.
 func (b *Broker) finish(c *Conn) {
-	if c.writer != nil {
-		<-c.writer
-	}
+	c.closeWriter()
 	if c.established && b.cfg.Virtual != nil {
 		b.cfg.Virtual.Disconnected(c)
 	}
 	s := c.session
-	b.engine.Clients.Delete(s.key)
 	expiry := c.sessionExpiry()
 	s.detach(time.Now(), expiry)
 	if c.established && c.will != nil {

@@ -99,7 +99,9 @@ func (s *session) attach(c *Conn, window int) {
 	for _, f := range s.flights {
 		f.sent = false
 	}
-	c.poke()
+	if len(s.flights)+len(s.queue) > 0 {
+		c.poke()
+	}
 }
 
 // detach is the end of attach; from now on only QoS 1 and 2 are queued.
