@@ -33,9 +33,8 @@ const (
 // wake may be called by anyone; the fields below mu are guarded by it.
 type conn struct {
 	*broker.Conn
-	edge    string
-	wake    chan struct{} // 1 slot: look again
-	started bool          // guarded by Mirror.mu
+	edge   string
+	sender *sender // set before anybody knows the connection
 
 	mu       sync.Mutex
 	greeting *longshorepb.Hello // set once
@@ -44,6 +43,9 @@ type conn struct {
 	plain    []string // filters below plain/ that are subscribed
 	in       inbox
 }
+
+// wake has the sender look again; it never blocks.
+func (c *conn) wake() { c.sender.task.wake() }
 
 // inbox is what waits for the sender.
 type inbox struct {
@@ -166,7 +168,7 @@ func (c *conn) order(reason string, supersede bool) {
 	c.mu.Lock()
 	c.in.close, c.in.supersede = reason, supersede
 	c.mu.Unlock()
-	wake(c.wake)
+	c.wake()
 }
 
 // take empties the inbox.

@@ -55,12 +55,12 @@ type Mirror struct {
 	named    chan struct{} // closed when cluster is known
 	cluster  string        // set before named is closed
 	proofs   chan struct{} // one slot per proof under way
-	waiting  chan struct{} // 1 slot: look at starting
+	turns    tasks         // of the senders
 
-	mu       sync.Mutex
-	conns    map[uint64]*conn
-	edges    map[string]*record
-	starting []*conn // connections whose sender is to be started; at most one entry each
+	mu      sync.Mutex
+	conns   map[uint64]*conn
+	edges   map[string]*record
+	senders map[*sender]struct{}
 }
 
 // record is what the mirror knows of one edge across its connections; guarded by Mirror.mu.
@@ -115,19 +115,25 @@ func New(cfg Config) (*Mirror, error) {
 		cfg:     cfg,
 		named:   make(chan struct{}),
 		proofs:  make(chan struct{}, maxProofs),
-		waiting: make(chan struct{}, 1),
 		conns:   map[uint64]*conn{},
 		edges:   map[string]*record{},
+		senders: map[*sender]struct{}{},
 	}, nil
 }
 
 // Run serves connections until ctx ends; it returns nil once all its goroutines have ended.
 func (m *Mirror) Run(ctx context.Context) error {
-	var senders sync.WaitGroup
-	defer senders.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	senders.Go(func() { m.identify(ctx) })
+	m.turns.open()
+	m.wakeAll()
+	var naming sync.WaitGroup
+	naming.Go(func() { m.identify(ctx) })
+	defer func() {
+		naming.Wait()
+		m.turns.close()
+		for _, s := range m.allSenders() {
+			s.finish(nil, false)
+		}
+	}()
 	for {
 		select {
 		case <-ctx.Done():
@@ -136,11 +142,19 @@ func (m *Mirror) Run(ctx context.Context) error {
 			for _, p := range m.cfg.Cache.takeProblems() {
 				m.cfg.Upstream.Problem(p.ref, p.reason, p.message)
 			}
-		case <-m.waiting:
-			for _, c := range m.takeStarting() {
-				senders.Go(func() { m.serve(ctx, c) })
-			}
 		}
+	}
+}
+
+func (m *Mirror) allSenders() []*sender {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Keys(m.senders))
+}
+
+func (m *Mirror) wakeAll() {
+	for _, s := range m.allSenders() {
+		s.task.wake()
 	}
 }
 
@@ -151,6 +165,7 @@ func (m *Mirror) identify(ctx context.Context) {
 		if err == nil {
 			m.cluster = uid
 			close(m.named)
+			m.wakeAll()
 			return
 		}
 		if ctx.Err() != nil {
@@ -180,7 +195,8 @@ func (m *Mirror) Ready() error {
 
 // Connected implements broker.Virtual.
 func (m *Mirror) Connected(bc *broker.Conn) {
-	c := &conn{Conn: bc, edge: bc.Identity().Name, wake: make(chan struct{}, 1)}
+	c := &conn{Conn: bc, edge: bc.Identity().Name}
+	c.sender = newSender(m, c)
 	m.mu.Lock()
 	m.conns[c.ID()] = c
 	m.mu.Unlock()
@@ -203,11 +219,16 @@ func (m *Mirror) check(c *conn) {
 	}
 }
 
-// Disconnected implements broker.Virtual. The sender sees the end by itself.
-func (m *Mirror) Disconnected(c *broker.Conn) {
+// Disconnected implements broker.Virtual. The sender sees the end when it is woken.
+func (m *Mirror) Disconnected(bc *broker.Conn) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.conns, c.ID())
+	c := m.conns[bc.ID()]
+	delete(m.conns, bc.ID())
+	_, started := m.senders[c.sender]
+	m.mu.Unlock()
+	if started {
+		c.wake()
+	}
 }
 
 func (m *Mirror) conn(c *broker.Conn) *conn {
@@ -216,24 +237,12 @@ func (m *Mirror) conn(c *broker.Conn) *conn {
 	return m.conns[c.ID()]
 }
 
-// start has Run start the connection's sender, once.
+// start lets the connection's sender begin.
 func (m *Mirror) start(c *conn) {
 	m.mu.Lock()
-	if !c.started {
-		c.started = true
-		m.starting = append(m.starting, c)
-	}
+	m.senders[c.sender] = struct{}{}
 	m.mu.Unlock()
-	wake(m.waiting)
-	wake(c.wake)
-}
-
-func (m *Mirror) takeStarting() []*conn {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := m.starting
-	m.starting = nil
-	return s
+	c.wake()
 }
 
 // Subscribed implements broker.Virtual: it notes what is asked for and wakes the sender.
@@ -276,7 +285,7 @@ func (m *Mirror) Received(bc *broker.Conn, name string, payload []byte) {
 			m.counters.reportsRefused.Add(1)
 			m.cfg.Logger.Warn("report or parts of it ignored", "edge", c.edge, "parts", absurd, "err", err)
 		}
-		wake(c.wake)
+		c.wake()
 	case topic.Telemetry:
 		m.counters.telemetry.Add(1)
 		if err := c.telemetry(payload); err != nil {
@@ -301,12 +310,12 @@ func (m *Mirror) hello(c *conn, payload []byte) error {
 		return err
 	}
 	if c.repeated(hello) {
-		wake(c.wake)
+		c.wake()
 		return nil
 	}
 	var telemetry *intake.Session
 	if m.cfg.Intake != nil {
-		telemetry = m.cfg.Intake.Session(c.edge, hello, func() { wake(c.wake) })
+		telemetry = m.cfg.Intake.Session(c.edge, hello, c.wake)
 	}
 	m.mu.Lock()
 	before := m.record(c.edge).state
@@ -395,6 +404,7 @@ func (m *Mirror) publish(c *conn, s EdgeState) {
 // ended forgets c; tell says whether its end is news for the source.
 func (m *Mirror) ended(c *conn, tell bool) {
 	m.mu.Lock()
+	delete(m.senders, c.sender)
 	r := m.edges[c.edge]
 	if r == nil || r.active != c {
 		m.mu.Unlock()

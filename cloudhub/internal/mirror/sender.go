@@ -26,12 +26,14 @@ const (
 	proofPauseMax = 30 * time.Second
 )
 
-// sender writes everything that goes down one connection. It belongs to one goroutine; it takes what is newest at the
-// moment of sending, so nothing queues behind a slow link.
+// sender writes everything that goes down one connection. It takes what is newest at the moment of sending, so nothing queues
+// behind a slow link. Its fields belong to its task, and once that cannot run any more to the Mirror.
 type sender struct {
 	m    *Mirror
 	c    *conn
-	view *View
+	task task
+	view *View // nil before the first turn
+	over bool  // finish was called
 
 	session *desired.Session
 	snap    Snapshot
@@ -53,6 +55,7 @@ type sender struct {
 
 	// The proof of this hub's view of the edge: asked, under way, or done and waiting for a fresh list.
 	proofs   sync.WaitGroup
+	unprove  context.CancelFunc // nil before the first
 	proving  bool
 	proved   chan error // 1 slot
 	proofIs  bool       // done
@@ -63,6 +66,7 @@ type sender struct {
 	told     time.Time // when the state was handed on last
 	tell     bool      // the state changed since
 	deadline time.Time // when to look again though nothing happens
+	timer    *time.Timer
 }
 
 // errSilent ends a connection without news for the source: another hub holds the edge.
@@ -70,20 +74,80 @@ type errSilent string
 
 func (e errSilent) Error() string { return string(e) }
 
-// serve runs the sender of one connection until the connection or ctx ends.
-func (m *Mirror) serve(ctx context.Context, c *conn) {
-	select {
-	case <-m.named:
-	case <-c.Done():
-	case <-ctx.Done():
-	}
-	proofs, cancel := context.WithCancel(ctx)
+func newSender(m *Mirror, c *conn) *sender {
 	s := &sender{m: m, c: c, proved: make(chan error, 1), pause: proofPause}
-	s.view = m.cfg.Cache.View(c.edge, c.Identity().Key, func() { wake(c.wake) })
-	err := s.run(ctx, proofs)
-	cancel()
+	s.task = task{group: &m.turns, do: s.turn}
+	return s
+}
+
+// turn sends what there is to send, until the connection has ended.
+func (s *sender) turn() {
+	if s.over {
+		return
+	}
+	if ended, err := s.rounds(); ended {
+		s.finish(err, true)
+	}
+}
+
+// rounds returns when nothing is left to do. ended says that the connection has ended, or is to be closed for the reason err.
+func (s *sender) rounds() (ended bool, err error) {
+	select {
+	case <-s.m.named:
+	case <-s.c.Done():
+		return true, nil
+	default:
+		return false, nil // Run wakes all when the cluster is known
+	}
+	if s.view == nil {
+		s.view = s.m.cfg.Cache.View(s.c.edge, s.c.Identity().Key, s.c.wake)
+	}
+	for busy := true; busy; {
+		select {
+		case <-s.c.Done():
+			return true, nil
+		case err := <-s.proved:
+			s.proofEnded(err)
+		default:
+		}
+		if s.m.turns.isClosed() {
+			return false, nil
+		}
+		if busy, err = s.step(time.Now()); err != nil {
+			return true, err
+		}
+	}
+	s.rest()
+	return false, nil
+}
+
+// rest has the task woken at the deadline, if there is one.
+func (s *sender) rest() {
+	switch {
+	case s.timer == nil && !s.deadline.IsZero():
+		s.timer = time.AfterFunc(time.Until(s.deadline), s.task.wake)
+	case s.timer == nil:
+	case s.deadline.IsZero():
+		s.timer.Stop()
+	default:
+		s.timer.Reset(time.Until(s.deadline))
+	}
+}
+
+// finish ends the sender and, if it has not ended, the connection; err is the reason. tell says whether the end is news for the source.
+func (s *sender) finish(err error, tell bool) {
+	m, c := s.m, s.c
+	s.over = true
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	if s.unprove != nil {
+		s.unprove()
+	}
 	s.proofs.Wait()
-	s.view.Close()
+	if s.view != nil {
+		s.view.Close()
+	}
 	if s.farewell && c.Received() > s.received {
 		m.outlived(c)
 	}
@@ -104,46 +168,8 @@ func (m *Mirror) serve(ctx context.Context, c *conn) {
 		}
 	}
 	var silent errSilent
-	m.ended(c, !errors.As(err, &silent) && ctx.Err() == nil)
+	m.ended(c, tell && !errors.As(err, &silent))
 	m.cfg.Logger.Debug("sender ended", "edge", c.edge, "remote", c.Remote())
-}
-
-// run returns nil when the connection or ctx has ended, and an error that is a reason to close the connection.
-func (s *sender) run(ctx, proofs context.Context) error {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-s.c.Done():
-			return nil
-		case err := <-s.proved:
-			s.proofEnded(err)
-		default:
-		}
-		busy, err := s.step(proofs, time.Now())
-		if err != nil {
-			return err
-		}
-		if busy {
-			continue
-		}
-		timer.Stop()
-		if !s.deadline.IsZero() {
-			timer.Reset(time.Until(s.deadline))
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-s.c.Done():
-			return nil
-		case <-s.c.wake:
-		case err := <-s.proved:
-			s.proofEnded(err)
-		case <-timer.C:
-		}
-	}
 }
 
 // by moves the deadline forward to t, if t is set.
@@ -155,7 +181,7 @@ func (s *sender) by(t time.Time) {
 
 // step does one round: what came in, then at most about 32 KiB of heads and objects, one acknowledgement, and some plain
 // messages, so that none starves the others. busy says that there may be more to send at once.
-func (s *sender) step(proofs context.Context, now time.Time) (busy bool, err error) {
+func (s *sender) step(now time.Time) (busy bool, err error) {
 	s.deadline = time.Time{}
 	in := s.c.take()
 	if in.close != "" {
@@ -185,7 +211,7 @@ func (s *sender) step(proofs context.Context, now time.Time) (busy bool, err err
 		s.session.Again(now)
 	}
 	if s.session != nil {
-		sent, err := s.syncRound(proofs, now, in, fresh)
+		sent, err := s.syncRound(now, in, fresh)
 		if err != nil {
 			return false, err
 		}
@@ -321,7 +347,7 @@ func (s *sender) supersede(now time.Time) {
 }
 
 // syncRound feeds the session and sends what it wants sent.
-func (s *sender) syncRound(proofs context.Context, now time.Time, in inbox, fresh bool) (busy bool, err error) {
+func (s *sender) syncRound(now time.Time, in inbox, fresh bool) (busy bool, err error) {
 	if in.supersede {
 		s.farewell, s.received = true, s.c.Received()
 		s.supersede(now)
@@ -359,7 +385,7 @@ func (s *sender) syncRound(proofs context.Context, now time.Time, in inbox, fres
 			return false, nil
 		}
 	}
-	s.prove(proofs, now)
+	s.prove(now)
 	s.by(s.session.Deadline())
 	s.sync(s.session.InSync())
 	return busy, nil
@@ -397,7 +423,7 @@ func (s *sender) sync(inSync bool) {
 }
 
 // prove asks the source in a goroutine of its own, one at a time.
-func (s *sender) prove(ctx context.Context, now time.Time) {
+func (s *sender) prove(now time.Time) {
 	if !s.wanted || s.proving {
 		return
 	}
@@ -406,7 +432,10 @@ func (s *sender) prove(ctx context.Context, now time.Time) {
 		return
 	}
 	s.wanted, s.proving = false, true
+	ctx, cancel := context.WithCancel(context.Background())
+	s.unprove = cancel
 	s.proofs.Go(func() {
+		defer cancel()
 		select {
 		case s.m.proofs <- struct{}{}:
 			defer func() { <-s.m.proofs }()
@@ -416,6 +445,7 @@ func (s *sender) prove(ctx context.Context, now time.Time) {
 		ctx, cancel := context.WithTimeout(ctx, proofTimeout)
 		defer cancel()
 		s.proved <- s.m.cfg.Upstream.Prove(ctx, s.c.edge)
+		s.c.wake()
 	})
 }
 
