@@ -44,8 +44,8 @@ demo-kube: bin onnxruntime controlplane ## the same against a real API server
 test: ## every check and test; installs what they need
 	@e2e/test.sh
 
-soak: ## faults under load for DURATION (30m); prints what it costs every minute, and a summary. SEED repeats one
-	@DURATION=$(or $(DURATION),30m) go test -v -count=1 -timeout 0 ./e2e/fault -run KillsUnderLoad
+soak: bin controlplane ## faults under load for DURATION (30m); prints what it costs every minute, and a summary. SEED repeats one
+	@BIN=$(CURDIR)/bin DURATION=$(or $(DURATION),30m) go test -count=1 -timeout 0 ./e2e/fault -run TestSoak
 
 onnxruntime: ## get the ONNX Runtime library (through npm) into the cache
 	@edgehub/worker/get-onnxruntime.sh

@@ -2,11 +2,11 @@ package fault
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"testing"
@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/longshore-edge/longshore/e2e/cluster"
 	"github.com/longshore-edge/longshore/e2e/rig"
 	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
 )
@@ -21,13 +22,64 @@ import (
 // storm is a site under load, and what was done to it.
 type storm struct {
 	*rigtest.Site
-	t      *testing.T
-	edges  []*rig.Edge
-	load   map[string][]*rigtest.Numbers // by edge
-	pods   map[string]map[string]bool    // by edge
-	random *rand.Rand
-	next   int // kind of fault
-	faults map[string]int
+	t       *testing.T
+	source  source
+	edges   []*rig.Edge
+	load    map[string][]*rigtest.Numbers // by edge
+	pods    map[string]map[string]bool    // by edge
+	random  *rand.Rand
+	created int // pods
+	next    int // kind of fault
+	faults  map[string]int
+}
+
+// source is where the specs of a storm come from.
+type source interface {
+	// edge declares an Edge and returns its credential.
+	edge(name string) string
+	// apply creates or changes a pod; remove deletes it.
+	apply(pod, manifest string)
+	remove(pod string)
+	// holds says whether the edge holds exactly these pods as the source has them, and the hub knows.
+	holds(e *rig.Edge, pods ...string) error
+	// crash kills the source and starts it again; false if it is no process.
+	crash() bool
+}
+
+// folder is the watched folder of the hub.
+type folder struct{ *rigtest.Site }
+
+func (f folder) edge(name string) string    { return f.Enroll(name) }
+func (f folder) apply(pod, manifest string) { f.Write(pod+".yaml", manifest) }
+func (f folder) crash() bool                { return false }
+
+func (f folder) remove(pod string) { f.Remove(pod + ".yaml") }
+
+func (f folder) holds(e *rig.Edge, pods ...string) error { return f.Holds(e, true, pods...) }
+
+// kubernetes is a real API server with its scheduler and controllers.
+type kubernetes struct {
+	rigtest.Kubectl
+	site *rigtest.Site
+	*cluster.Cluster
+}
+
+func (k kubernetes) edge(name string) string {
+	k.Do(fmt.Sprintf("apiVersion: longshore.dev/v1alpha1\nkind: Edge\nmetadata: {name: %s}\nspec: {pods: true}\n", name), "apply", "-f", "-")
+	return k.site.Credential(name)
+}
+
+func (k kubernetes) apply(_, manifest string) { k.Do(manifest, "apply", "-f", "-") }
+
+func (k kubernetes) remove(pod string) { k.Do("", "delete", "pod", pod, "--wait=false") }
+
+func (k kubernetes) holds(e *rig.Edge, pods ...string) error { return k.Holds(e, len(pods)) }
+
+func (k kubernetes) crash() bool {
+	if err := errors.Join(k.Kill(), k.Restart(k.T.Context())); err != nil {
+		k.T.Fatal(err)
+	}
+	return true
 }
 
 // number reads a number from the environment.
@@ -44,67 +96,114 @@ func number(t *testing.T, name string, otherwise uint64) uint64 {
 	return n
 }
 
-// G1, G2, G3 and G6: both hubs killed with kill -9 at random moments, and links cut, while specs change and devices publish.
-// After every round the edges hold what the folder says, and every reading that was acknowledged is in the sink, none
-// twice. ROUNDS or DURATION make it a soak, SEED repeats one.
+// G1, G2, G3 and G6: hubs, edges and the API server killed with kill -9 at random moments, and links cut, while specs change and
+// devices publish. After every round the edges hold what the source says, and every reading that was acknowledged is in the
+// sink, none twice.
 func TestG1G2G3G6KillsUnderLoad(t *testing.T) {
-	seed := number(t, "SEED", uint64(time.Now().UnixNano()))
-	rounds := number(t, "ROUNDS", 5)
-	var until time.Time
-	if text := os.Getenv("DURATION"); text != "" {
-		d, err := time.ParseDuration(text)
-		if err != nil {
-			t.Fatal("DURATION:", err)
-		}
-		until, rounds = time.Now().Add(d), 0
+	t.Run("folder", func(t *testing.T) {
+		k := newStorm(t)
+		k.begin(folder{k.Site})
+		k.rounds(5)
+	})
+	t.Run("kubernetes", func(t *testing.T) {
+		k := newStorm(t)
+		k.begin(onKubernetes(t, k.Site))
+		k.rounds(4)
+	})
+}
+
+// TestSoak is the same for DURATION, with what the processes take every minute. It runs only when asked to: make soak.
+func TestSoak(t *testing.T) {
+	if os.Getenv("DURATION") == "" {
+		t.Skip("a soak takes long: make soak")
 	}
-	t.Logf("SEED=%d", seed)
-	k := newStorm(t, seed)
+	d, err := time.ParseDuration(os.Getenv("DURATION"))
+	if err != nil {
+		t.Fatal("DURATION:", err)
+	}
+	k := newStorm(t)
+	k.begin(onKubernetes(t, k.Site))
 	gauges := newGauges(k)
-	for round := uint64(1); round <= rounds || time.Now().Before(until); round++ {
+	until := time.Now().Add(d)
+	for round := uint64(1); time.Now().Before(until); round++ {
 		k.round(round)
-		if t.Failed() {
-			t.Fatalf("round %d with SEED=%d failed", round, seed)
-		}
 		gauges.print(round)
 	}
 	gauges.summary()
 }
 
-func newStorm(t *testing.T, seed uint64) *storm {
-	k := &storm{
+// onKubernetes starts a control plane and points the site's hub to it, with the rights that deploy/rbac.yaml grants.
+func onKubernetes(t *testing.T, s *rigtest.Site) kubernetes {
+	c, k := rigtest.Install(t, bin, "../..")
+	api, err := rig.NewLink(k.Server())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(api.Close)
+	s.Hub.Kubeconfig = k.HubKubeconfig(api)
+	return kubernetes{k, s, c}
+}
+
+// newStorm makes the site of a storm; SEED repeats one.
+func newStorm(t *testing.T) *storm {
+	seed := number(t, "SEED", uint64(time.Now().UnixNano()))
+	t.Logf("SEED=%d", seed)
+	return &storm{
 		Site: rigtest.NewSite(t, bin), t: t, load: map[string][]*rigtest.Numbers{}, pods: map[string]map[string]bool{},
 		random: rand.New(rand.NewPCG(seed, 0)), faults: map[string]int{},
 	}
-	k.StartHub()
+}
+
+// begin starts the hub and two edges.
+func (k *storm) begin(from source) {
+	k.source = from
+	var credentials []string
 	for _, name := range []string{"dock-1", "dock-2"} {
-		e := k.Edge(name, rigtest.Readings)
+		credentials = append(credentials, from.edge(name))
+		e := k.Box(name, credentials[len(credentials)-1], rigtest.Readings)
 		k.edges = append(k.edges, e)
-		k.pods[name] = map[string]bool{}
+	}
+	k.StartHub()
+	for _, e := range k.edges {
+		k.pods[e.Name] = map[string]bool{}
 		for _, client := range []string{"press", "crane"} {
-			n := rigtest.NewNumbers(t, e, client)
+			n := rigtest.NewNumbers(k.t, e, client)
 			n.Filler = rigtest.Noise(200)
-			k.load[name] = append(k.load[name], n)
+			k.load[e.Name] = append(k.load[e.Name], n)
 		}
 		k.Start(e)
 		k.change(e, 0)
 	}
-	return k
+}
+
+// rounds runs so many rounds.
+func (k *storm) rounds(count uint64) {
+	for round := range count {
+		k.round(round + 1)
+	}
 }
 
 // change adds, changes or removes a pod of an edge.
 func (k *storm) change(e *rig.Edge, version uint64) {
-	pod := fmt.Sprintf("%s-%d", e.Name, k.random.IntN(6))
-	file := pod + ".yaml"
-	if k.pods[e.Name][pod] && len(k.pods[e.Name]) > 1 && k.random.IntN(2) == 0 {
-		delete(k.pods[e.Name], pod)
-		if err := os.Remove(filepath.Join(k.Hub.Manifests(), file)); err != nil {
-			k.t.Fatal(err)
-		}
-		return
+	pods := k.pods[e.Name]
+	names := slices.Sorted(maps.Keys(pods))
+	switch choice := k.random.IntN(3); {
+	case len(names) < 2 || choice == 0 && len(names) < 6:
+		k.created++
+		pod := fmt.Sprintf("%s-%d", e.Name, k.created) // a name of its own: the one before may still be on its way out
+		pods[pod] = true
+		k.apply(e, pod, version)
+	case choice == 1:
+		k.apply(e, names[k.random.IntN(len(names))], version)
+	default:
+		pod := names[k.random.IntN(len(names))]
+		delete(pods, pod)
+		k.source.remove(pod)
 	}
-	k.pods[e.Name][pod] = true
-	k.Write(file, rigtest.PodManifest(pod, e.Name, fmt.Sprintf("v%d-%d", version, k.random.Uint32())))
+}
+
+func (k *storm) apply(e *rig.Edge, pod string, version uint64) {
+	k.source.apply(pod, rigtest.PodManifest(pod, e.Name, fmt.Sprintf("v%d-%d", version, k.random.Uint32())))
 }
 
 // round is some seconds of load with a few faults at random moments, and then the proof that nothing came of them.
@@ -131,10 +230,15 @@ func (k *storm) round(number uint64) {
 		k.t.Fatal(err)
 	}
 	for _, e := range k.edges {
-		settled(k.t, k.Site, e, slices.Sorted(maps.Keys(k.pods[e.Name]))...)
+		pods := slices.Sorted(maps.Keys(k.pods[e.Name]))
+		rigtest.Eventually(k.t, fmt.Sprintf("%s holds what the source says", e.Name), func() error { return k.source.holds(e, pods...) })
+		rigtest.Eventually(k.t, fmt.Sprintf("the account of %s is balanced", e.Name), func() error { return k.Drained(e, "readings") })
 		if others := k.CheckRecords(e.Name, k.load[e.Name]...); others > 0 {
 			k.t.Errorf("%d records of %s that nobody published", others, e.Name)
 		}
+	}
+	if k.t.Failed() {
+		k.t.Fatalf("round %d failed", number)
 	}
 }
 
@@ -166,7 +270,7 @@ func (k *storm) pause(ctx context.Context, most int) {
 func (k *storm) fault(ctx context.Context) {
 	e := k.edges[k.random.IntN(len(k.edges))]
 	k.next++
-	switch k.next % 4 {
+	switch k.next % 5 {
 	case 0:
 		k.faults["kill -9 of the hub"]++
 		k.Hub.Kill()
@@ -189,5 +293,9 @@ func (k *storm) fault(ctx context.Context) {
 		k.Cut(e.Name)
 		k.pause(ctx, 1000)
 		k.Restore(e.Name)
+	case 4:
+		if k.source.crash() {
+			k.faults["kill -9 of the API server"]++
+		}
 	}
 }

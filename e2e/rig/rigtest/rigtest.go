@@ -21,8 +21,13 @@ const Soon = 90 * time.Second
 // Readings is configuration of an edge: a stream of what devices publish below sensors/.
 const Readings = "streams:\n- name: readings\n  topics: [\"sensors/#\"]\n"
 
-// Main builds the commands of repo with the race detector, runs the tests and returns the exit code.
+// Main builds the commands of repo with the race detector, runs the tests and returns the exit code. With BIN, the path of a
+// folder, the commands there are taken: a soak tells what they use as they are installed.
 func Main(m *testing.M, repo string, bin *rig.Bin) int {
+	if built := os.Getenv("BIN"); built != "" {
+		*bin = rig.Bin(built)
+		return m.Run()
+	}
 	dir, err := os.MkdirTemp("", "longshore-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -84,7 +89,7 @@ func Mosquitto(ctx context.Context, t *testing.T, address, command string, args 
 
 // PodManifest is a pod bound to an edge; the tag of its image makes one version differ from the next.
 func PodManifest(name, edge, tag string) string {
-	return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\nspec:\n  nodeName: %s\n  containers:\n  - name: main\n    image: example.com/app:%s\n", name, edge, tag)
+	return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\nspec:\n  nodeName: %s\n  automountServiceAccountToken: false\n  containers:\n  - name: main\n    image: example.com/app:%s\n", name, edge, tag)
 }
 
 // Noise is text that does not compress well: every run is another part of a linear congruence.

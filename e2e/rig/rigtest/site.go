@@ -2,6 +2,8 @@ package rigtest
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -70,10 +72,24 @@ func (s *Site) Write(name, text string) {
 	}
 }
 
+// Remove takes a manifest out of the watched folder.
+func (s *Site) Remove(name string) {
+	s.t.Helper()
+	if err := os.Remove(filepath.Join(s.Hub.Manifests(), name)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 // Enroll writes an edge's manifest, makes its credential and returns the path of that.
 func (s *Site) Enroll(name string) string {
 	s.t.Helper()
 	s.Write("edge-"+name+".yaml", fmt.Sprintf("apiVersion: longshore.dev/v1alpha1\nkind: Edge\nmetadata:\n  name: %s\n  labels: {site: %s}\nspec: {pods: true, plain: true}\n", name, name))
+	return s.Credential(name)
+}
+
+// Credential makes the credential of an edge and returns its path.
+func (s *Site) Credential(name string) string {
+	s.t.Helper()
 	credential, err := s.Hub.Enroll(s.t.Context(), name)
 	if err != nil {
 		s.t.Fatal(err)
