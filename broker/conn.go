@@ -16,7 +16,8 @@ type Conn struct {
 	broker   *Broker
 	link     *link
 	login    Login
-	client   *mqtt.Client // set before the connection is visible to anyone
+	listener string
+	client   *mqtt.Client // set before the connection has a session
 	identity Identity
 	session  *session
 

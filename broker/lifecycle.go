@@ -25,75 +25,87 @@ const (
 // errTakenOver says that a newer connection of the same client came.
 var errTakenOver = errors.New("the same client connected again")
 
-// serve runs one connection on the caller's goroutine, from the bytes before CONNECT to the last trace of it.
-// mqttConn carries MQTT bytes over w.
-func (b *Broker) serve(listener string, mqttConn net.Conn, w *wire, login Login) {
+// openConn makes a connection of what carries MQTT bytes over w and answers its CONNECT packet. It returns nil if that failed.
+func (b *Broker) openConn(listener string, mqttConn net.Conn, w *wire, login Login) *Conn {
 	l := &link{Conn: mqttConn, wire: w, done: make(chan struct{})}
 	c := &Conn{
-		id: b.lastID.Add(1), broker: b, link: l, login: login,
+		id: b.lastID.Add(1), broker: b, link: l, login: login, listener: listener,
 		slots: make(chan struct{}, b.cfg.MaxPending), wake: make(chan struct{}, 1), gone: make(chan struct{}),
 	}
 	l.conn = c
-	defer func() { _ = l.Close() }()
 	if !b.register(c) {
-		return
+		_ = l.Close()
+		return nil
 	}
-	defer b.unregister(c)
-
 	head, err := readConnectHeader(mqttConn, b.cfg.MaxConnectPacket)
 	if err != nil {
 		b.stats.refused.Add(1)
 		b.log.Info("connection refused", "listener", listener, "remote", login.Remote, "error", err)
-		return
+		_ = l.Close()
+		b.unregister(c)
+		return nil
 	}
 	l.head = head
-	err = b.establish(listener, l)
-	_ = l.Close()
-	if c.session != nil {
-		b.finish(c)
+	c.client = b.engine.NewClient(l, listener, "", false)
+	if err := b.connect(c); err != nil {
+		b.conclude(c, err)
+		return nil
 	}
-	if reason := c.closeReason(); reason != "" {
-		err = errors.New(reason)
-	}
-	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, packets.CodeDisconnect) {
-		b.log.Debug("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote)
-		return
-	}
-	b.log.Info("connection ended", "listener", listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", login.Remote, "error", err)
+	return c
 }
 
-// establish serves MQTT on the connection until it ends. mochi's decoders panic on some truncated packets (an MQTT 5
-// SUBSCRIBE without options is enough): that ends the connection, not the program. Any other panic goes on.
-func (b *Broker) establish(listener string, l *link) (err error) {
-	defer func() {
-		if l.conn.handling {
-			return
-		}
-		if r := recover(); r != nil {
-			b.stats.refused.Add(1)
-			err = fmt.Errorf("malformed packet: %v", r)
-		}
-	}()
-	cl := b.engine.NewClient(l, listener, "", false)
-	defer cl.Stop(nil)
-	if err := b.connect(l.conn, cl, listener); err != nil {
-		return err
-	}
-	// While nothing comes, no more than this frame and the header's is on the stack: there are many connections.
-	for !cl.Closed() {
+// serve handles what the client of an open connection sends, on the caller's goroutine, until the last trace of it is gone.
+// While nothing comes, little is on the stack: there are many connections.
+func (b *Broker) serve(c *Conn) { b.conclude(c, b.read(c)) }
+
+// read handles packet after packet.
+func (b *Broker) read(c *Conn) error {
+	for !c.client.Closed() {
 		var fh packets.FixedHeader
-		if err := cl.ReadFixedHeader(&fh); err != nil {
+		if err := c.client.ReadFixedHeader(&fh); err != nil {
 			return err
 		}
-		if err := b.process(l.conn, &fh); err != nil {
+		if err := b.process(c, &fh); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// conclude ends a connection for a reason, or without one.
+func (b *Broker) conclude(c *Conn, err error) {
+	_ = c.link.Close()
+	c.client.Stop(nil)
+	if c.session != nil {
+		b.finish(c)
+	}
+	b.unregister(c)
+	if reason := c.closeReason(); reason != "" {
+		err = errors.New(reason)
+	}
+	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, packets.CodeDisconnect) {
+		b.log.Debug("connection ended", "listener", c.listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", c.login.Remote)
+		return
+	}
+	b.log.Info("connection ended", "listener", c.listener, "client", c.login.ClientID, "identity", c.identity.Name, "remote", c.login.Remote, "error", err)
+}
+
+// malformed turns a panic of mochi's decoders into an error: some truncated packets do that (an MQTT 5 SUBSCRIBE without options is
+// enough), which must end the connection, not the program. Any other panic goes on. It is to be deferred.
+func (b *Broker) malformed(c *Conn, err *error) {
+	if c.handling {
+		return
+	}
+	if r := recover(); r != nil {
+		b.stats.refused.Add(1)
+		*err = fmt.Errorf("malformed packet: %v", r)
+	}
+}
+
 // connect reads the CONNECT packet and answers it; an error ends the connection.
-func (b *Broker) connect(c *Conn, cl *mqtt.Client, listener string) error {
+func (b *Broker) connect(c *Conn) (err error) {
+	defer b.malformed(c, &err)
+	cl := c.client
 	var fh packets.FixedHeader
 	if err := cl.ReadFixedHeader(&fh); err != nil {
 		return fmt.Errorf("read CONNECT: %w", err)
@@ -102,17 +114,17 @@ func (b *Broker) connect(c *Conn, cl *mqtt.Client, listener string) error {
 	if err != nil {
 		return fmt.Errorf("read CONNECT: %w", err)
 	}
-	cl.ParseConnect(listener, pk)
+	cl.ParseConnect(c.listener, pk)
 	if code := validConnect(cl, &pk); code != packets.CodeSuccess {
 		return errors.Join(code, b.engine.SendConnack(cl, code, false, nil))
 	}
-	if err := b.identify(c, cl, &pk); err != nil {
+	if err := b.identify(c, &pk); err != nil {
 		return err
 	}
 	if err := b.engine.SendConnack(cl, packets.CodeSuccess, c.present, nil); err != nil {
 		return fmt.Errorf("acknowledge CONNECT: %w", err)
 	}
-	b.established(c, cl)
+	b.established(c)
 	c.handling = false
 	return nil
 }
@@ -133,8 +145,8 @@ func validConnect(cl *mqtt.Client, pk *packets.Packet) packets.Code {
 
 // identify authenticates, judges the will and takes over the session; an earlier connection of the same client has
 // ended completely when it returns. Whom it refuses has got a CONNACK that says so.
-func (b *Broker) identify(c *Conn, cl *mqtt.Client, pk *packets.Packet) error {
-	c.client = cl
+func (b *Broker) identify(c *Conn, pk *packets.Packet) error {
+	cl := c.client
 	c.login.ClientID = cl.ID
 	c.login.Username = string(pk.Connect.Username)
 	c.login.Password = pk.Connect.Password
@@ -182,7 +194,8 @@ func (b *Broker) judgeAgain(c *Conn) {
 }
 
 // established runs after the CONNACK was written.
-func (b *Broker) established(c *Conn, cl *mqtt.Client) {
+func (b *Broker) established(c *Conn) {
+	cl := c.client
 	c.established = true
 	alive := time.Duration(cl.State.Keepalive) * time.Second * 3 / 2
 	if alive == 0 {
@@ -200,7 +213,8 @@ func (b *Broker) established(c *Conn, cl *mqtt.Client) {
 }
 
 // process reads the rest of a packet and has mochi answer it. An MQTT 5 client is told what it did wrong.
-func (b *Broker) process(c *Conn, fh *packets.FixedHeader) error {
+func (b *Broker) process(c *Conn, fh *packets.FixedHeader) (err error) {
+	defer b.malformed(c, &err)
 	pk, err := c.client.ReadPacket(fh)
 	if err != nil {
 		return err

@@ -87,25 +87,31 @@ func (b *Broker) acceptLoop(ctx context.Context, d door) error {
 	}
 }
 
-// serveTCP does the TLS handshake, if any, and serves the connection.
+// serveTCP serves a connection from its first byte to its last.
 func (b *Broker) serveTCP(ctx context.Context, d door, c net.Conn) {
-	defer c.Close()
+	if opened := b.openTCP(ctx, d, c); opened != nil {
+		b.serve(opened)
+	}
+	_ = c.Close()
+}
+
+// openTCP does the TLS handshake, if any, and opens the connection. It returns nil if that failed.
+func (b *Broker) openTCP(ctx context.Context, d door, c net.Conn) *Conn {
 	w := newWire(c, b.cfg.StallTimeout, &b.stats)
 	if err := c.SetReadDeadline(time.Now().Add(b.cfg.HandshakeTimeout)); err != nil {
-		return
+		return nil
 	}
 	login := Login{Remote: c.RemoteAddr()}
 	if d.tls == nil {
-		b.serve(d.name, w, w, login)
-		return
+		return b.openConn(d.name, w, w, login)
 	}
 	t := tls.Server(w, d.tls)
 	if err := t.HandshakeContext(ctx); err != nil {
 		b.stats.refused.Add(1)
 		b.log.Info("TLS handshake failed", "listener", d.name, "remote", login.Remote, "error", err)
-		return
+		return nil
 	}
 	state := t.ConnectionState()
 	login.TLS = &state
-	b.serve(d.name, t, w, login)
+	return b.openConn(d.name, t, w, login)
 }

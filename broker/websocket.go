@@ -36,7 +36,9 @@ func (b *Broker) serveWebSocket(rw http.ResponseWriter, r *http.Request) {
 	if err := h.wire.SetReadDeadline(time.Now().Add(b.cfg.HandshakeTimeout)); err != nil {
 		return
 	}
-	b.serve("websocket", websocket.NetConn(context.Background(), ws, websocket.MessageBinary), h.wire, Login{Remote: h.wire.RemoteAddr(), TLS: r.TLS})
+	if c := b.openConn("websocket", websocket.NetConn(context.Background(), ws, websocket.MessageBinary), h.wire, Login{Remote: h.wire.RemoteAddr(), TLS: r.TLS}); c != nil {
+		b.serve(c)
+	}
 }
 
 // hijacker puts a wire below the WebSocket.

@@ -106,6 +106,9 @@ func (l *leases) renew(ctx context.Context, edge string) {
 		l.source.log.Warn("Cannot renew the Lease of an edge, trying again", "edge", edge, "error", err)
 		written = nil
 	}
+	if written != nil {
+		trim(written)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if _, online := l.next[edge]; !online {

@@ -210,6 +210,7 @@ func (s *Source) writeEdge(ctx context.Context, edge *v1alpha1.Edge, w *edgeWork
 	if err != nil {
 		return false, 0, err
 	}
+	trim(&written)
 	w.edge, w.wroteAt = &written, now
 	return mine, max(0, writeAfter(&written.Status, edgeStatus(&written, state, s.cfg.HubName, mine, conflict, now), now)), nil
 }
