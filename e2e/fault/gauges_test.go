@@ -114,8 +114,27 @@ func (g *gauges) summary() {
 		fmt.Fprintf(&b, "%4d times %s\n", g.k.faults[kind], kind)
 	}
 	for _, name := range slices.Sorted(maps.Keys(g.seen)) {
+		// A leak shows as a second half above the first.
 		s := g.seen[name]
-		fmt.Fprintf(&b, "%-9s first: %s\n%-9s last:  %s\n", name, s[0], "", s[len(s)-1])
+		half := len(s) / 2
+		fmt.Fprintf(&b, "%-9s median of the first half:  %s\n", name, median(s[:max(1, half)]))
+		fmt.Fprintf(&b, "%-9s median of the second half: %s\n", "", median(s[half:]))
 	}
 	fmt.Fprint(os.Stderr, b.String())
+}
+
+// median of each gauge by itself.
+func median(all []gauge) gauge {
+	of := func(value func(gauge) float64) float64 {
+		var v []float64
+		for _, g := range all {
+			v = append(v, value(g))
+		}
+		slices.Sort(v)
+		return v[len(v)/2]
+	}
+	return gauge{
+		memory: of(func(g gauge) float64 { return g.memory }), goroutines: of(func(g gauge) float64 { return g.goroutines }),
+		files: of(func(g gauge) float64 { return g.files }), disk: int64(of(func(g gauge) float64 { return float64(g.disk) })),
+	}
 }
