@@ -17,13 +17,13 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/longshore-edge/longshore/broker/mqttconn"
 	"github.com/longshore-edge/longshore/e2e/rig"
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -138,7 +138,7 @@ func (s *hollowSession) serve(ctx context.Context) error {
 	if _, err := rand.Read(nonce[:]); err != nil {
 		return err
 	}
-	s.replica.Start(time.Now(), nonce, s.session, nil)
+	s.replica.Start(time.Now(), nonce, s.session, nil, nil)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for first := true; ; first = false {
@@ -237,7 +237,7 @@ func (s *hollowSession) report(ctx context.Context) error {
 			r.Pods = append(r.Pods, p)
 		}
 	}
-	b, err := proto.Marshal(r)
+	b, err := account.Encode(r)
 	if err != nil {
 		return err
 	}

@@ -146,7 +146,9 @@ type Hello struct {
 	// Outbox epochs that still hold records.
 	Outboxes []*OutboxHead `protobuf:"bytes,6,rep,name=outboxes,proto3" json:"outboxes,omitempty"`
 	// Version of the agent, for people.
-	AgentVersion  string `protobuf:"bytes,7,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	AgentVersion string `protobuf:"bytes,7,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	// Digest of the account that the edge reported in an earlier session; empty if it reported none since the agent started.
+	Account       []byte `protobuf:"bytes,8,opt,name=account,proto3" json:"account,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -228,6 +230,13 @@ func (x *Hello) GetAgentVersion() string {
 		return x.AgentVersion
 	}
 	return ""
+}
+
+func (x *Hello) GetAccount() []byte {
+	if x != nil {
+		return x.Account
+	}
+	return nil
 }
 
 type OutboxHead struct {
@@ -362,7 +371,9 @@ type Head struct {
 	// Set when a later instance with the same identity took over: stop syncing.
 	Superseded bool `protobuf:"varint,7,opt,name=superseded,proto3" json:"superseded,omitempty"`
 	// Set, without a list, when there is no Edge of this name (any more): hold on to what is held, and ask again later.
-	Unknown       bool `protobuf:"varint,8,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	Unknown bool `protobuf:"varint,8,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	// The hub holds the account that the Hello names: the edge reports what differs from it, instead of everything.
+	Account       bool `protobuf:"varint,9,opt,name=account,proto3" json:"account,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -449,6 +460,13 @@ func (x *Head) GetSuperseded() bool {
 func (x *Head) GetUnknown() bool {
 	if x != nil {
 		return x.Unknown
+	}
+	return false
+}
+
+func (x *Head) GetAccount() bool {
+	if x != nil {
+		return x.Account
 	}
 	return false
 }
@@ -1126,7 +1144,7 @@ var File_desired_proto protoreflect.FileDescriptor
 
 const file_desired_proto_rawDesc = "" +
 	"\n" +
-	"\rdesired.proto\x12\flongshore.v1\"\xd6\x01\n" +
+	"\rdesired.proto\x12\flongshore.v1\"\xf0\x01\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04wire\x18\x01 \x01(\rR\x04wire\x12\x14\n" +
 	"\x05nonce\x18\x02 \x01(\fR\x05nonce\x12\x18\n" +
@@ -1134,7 +1152,8 @@ const file_desired_proto_rawDesc = "" +
 	"\binstance\x18\x04 \x01(\fR\binstance\x12\x12\n" +
 	"\x04held\x18\x05 \x01(\fR\x04held\x124\n" +
 	"\boutboxes\x18\x06 \x03(\v2\x18.longshore.v1.OutboxHeadR\boutboxes\x12#\n" +
-	"\ragent_version\x18\a \x01(\tR\fagentVersion\"V\n" +
+	"\ragent_version\x18\a \x01(\tR\fagentVersion\x12\x18\n" +
+	"\aaccount\x18\b \x01(\fR\aaccount\"V\n" +
 	"\n" +
 	"OutboxHead\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\fR\x05epoch\x122\n" +
@@ -1143,7 +1162,7 @@ const file_desired_proto_rawDesc = "" +
 	"StreamHead\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12\x10\n" +
 	"\x03low\x18\x02 \x01(\x04R\x03low\x12\x12\n" +
-	"\x04next\x18\x03 \x01(\x04R\x04next\"\xcd\x01\n" +
+	"\x04next\x18\x03 \x01(\x04R\x04next\"\xe7\x01\n" +
 	"\x04Head\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
 	"\x04edge\x18\x02 \x01(\tR\x04edge\x12\x19\n" +
@@ -1154,7 +1173,8 @@ const file_desired_proto_rawDesc = "" +
 	"\n" +
 	"superseded\x18\a \x01(\bR\n" +
 	"superseded\x12\x18\n" +
-	"\aunknown\x18\b \x01(\bR\aunknown\"U\n" +
+	"\aunknown\x18\b \x01(\bR\aunknown\x12\x18\n" +
+	"\aaccount\x18\t \x01(\bR\aaccount\"U\n" +
 	"\n" +
 	"SignedHead\x12\x12\n" +
 	"\x04head\x18\x01 \x01(\fR\x04head\x12\x15\n" +

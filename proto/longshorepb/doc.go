@@ -5,4 +5,4 @@ package longshorepb
 
 // Wire is the version of the wire that this build speaks. A change that an older peer would misread raises it;
 // HISTORY.md says why.
-const Wire = 2
+const Wire = 3

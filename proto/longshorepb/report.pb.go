@@ -84,8 +84,62 @@ func (ModelState) EnumDescriptor() ([]byte, []int) {
 	return file_report_proto_rawDescGZIP(), []int{0}
 }
 
-// Reported is the edge's state. Topic: nodes/<edge>/reported, up.
-// The first reports of a session carry everything (full), split so that each fits a message; later ones what changed.
+// Report is the payload of nodes/<edge>/reported, up, after the first head of a session.
+type Report struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Encoding Encoding               `protobuf:"varint,1,opt,name=encoding,proto3,enum=longshore.v1.Encoding" json:"encoding,omitempty"`
+	// Serialized Reported, encoded.
+	Reported      []byte `protobuf:"bytes,2,opt,name=reported,proto3" json:"reported,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Report) Reset() {
+	*x = Report{}
+	mi := &file_report_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Report) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Report) ProtoMessage() {}
+
+func (x *Report) ProtoReflect() protoreflect.Message {
+	mi := &file_report_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Report.ProtoReflect.Descriptor instead.
+func (*Report) Descriptor() ([]byte, []int) {
+	return file_report_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *Report) GetEncoding() Encoding {
+	if x != nil {
+		return x.Encoding
+	}
+	return Encoding_ENCODING_NONE
+}
+
+func (x *Report) GetReported() []byte {
+	if x != nil {
+		return x.Reported
+	}
+	return nil
+}
+
+// Reported is the edge's state. The first reports of a session carry everything (full), split so that each fits a message;
+// later ones what changed. If the head says that the hub holds the account of the Hello, all of them say what changed.
 type Reported struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Session number of the Hello of this connection.
@@ -100,9 +154,9 @@ type Reported struct {
 	Node *NodeReport `protobuf:"bytes,6,opt,name=node,proto3" json:"node,omitempty"`
 	// UIDs of pods the edge no longer knows.
 	GonePods []string `protobuf:"bytes,7,rep,name=gone_pods,json=gonePods,proto3" json:"gone_pods,omitempty"`
-	// Set on the first report of a session: forget what was reported before.
+	// Set on the first report of a full account: forget what was reported before.
 	Reset_ bool `protobuf:"varint,8,opt,name=reset,proto3" json:"reset,omitempty"`
-	// Set on the report that completes the first full account of a session.
+	// Set on the report that completes a full account.
 	Complete      bool `protobuf:"varint,9,opt,name=complete,proto3" json:"complete,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -110,7 +164,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_report_proto_msgTypes[0]
+	mi := &file_report_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -122,7 +176,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_report_proto_msgTypes[0]
+	mi := &file_report_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -135,7 +189,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_report_proto_rawDescGZIP(), []int{0}
+	return file_report_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Reported) GetSession() uint64 {
@@ -218,7 +272,7 @@ type PodReport struct {
 
 func (x *PodReport) Reset() {
 	*x = PodReport{}
-	mi := &file_report_proto_msgTypes[1]
+	mi := &file_report_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -230,7 +284,7 @@ func (x *PodReport) String() string {
 func (*PodReport) ProtoMessage() {}
 
 func (x *PodReport) ProtoReflect() protoreflect.Message {
-	mi := &file_report_proto_msgTypes[1]
+	mi := &file_report_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -243,7 +297,7 @@ func (x *PodReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodReport.ProtoReflect.Descriptor instead.
 func (*PodReport) Descriptor() ([]byte, []int) {
-	return file_report_proto_rawDescGZIP(), []int{1}
+	return file_report_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *PodReport) GetNamespace() string {
@@ -309,7 +363,7 @@ type ModelReport struct {
 
 func (x *ModelReport) Reset() {
 	*x = ModelReport{}
-	mi := &file_report_proto_msgTypes[2]
+	mi := &file_report_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -321,7 +375,7 @@ func (x *ModelReport) String() string {
 func (*ModelReport) ProtoMessage() {}
 
 func (x *ModelReport) ProtoReflect() protoreflect.Message {
-	mi := &file_report_proto_msgTypes[2]
+	mi := &file_report_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -334,7 +388,7 @@ func (x *ModelReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelReport.ProtoReflect.Descriptor instead.
 func (*ModelReport) Descriptor() ([]byte, []int) {
-	return file_report_proto_rawDescGZIP(), []int{2}
+	return file_report_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ModelReport) GetNamespace() string {
@@ -442,7 +496,7 @@ type NodeReport struct {
 
 func (x *NodeReport) Reset() {
 	*x = NodeReport{}
-	mi := &file_report_proto_msgTypes[3]
+	mi := &file_report_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +508,7 @@ func (x *NodeReport) String() string {
 func (*NodeReport) ProtoMessage() {}
 
 func (x *NodeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_report_proto_msgTypes[3]
+	mi := &file_report_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +521,7 @@ func (x *NodeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReport.ProtoReflect.Descriptor instead.
 func (*NodeReport) Descriptor() ([]byte, []int) {
-	return file_report_proto_rawDescGZIP(), []int{3}
+	return file_report_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *NodeReport) GetHostname() string {
@@ -586,7 +640,10 @@ var File_report_proto protoreflect.FileDescriptor
 
 const file_report_proto_rawDesc = "" +
 	"\n" +
-	"\freport.proto\x12\flongshore.v1\"\xb1\x02\n" +
+	"\freport.proto\x12\flongshore.v1\x1a\rdesired.proto\"X\n" +
+	"\x06Report\x122\n" +
+	"\bencoding\x18\x01 \x01(\x0e2\x16.longshore.v1.EncodingR\bencoding\x12\x1a\n" +
+	"\breported\x18\x02 \x01(\fR\breported\"\xb1\x02\n" +
 	"\bReported\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
@@ -663,24 +720,27 @@ func file_report_proto_rawDescGZIP() []byte {
 }
 
 var file_report_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_report_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_report_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_report_proto_goTypes = []any{
 	(ModelState)(0),     // 0: longshore.v1.ModelState
-	(*Reported)(nil),    // 1: longshore.v1.Reported
-	(*PodReport)(nil),   // 2: longshore.v1.PodReport
-	(*ModelReport)(nil), // 3: longshore.v1.ModelReport
-	(*NodeReport)(nil),  // 4: longshore.v1.NodeReport
+	(*Report)(nil),      // 1: longshore.v1.Report
+	(*Reported)(nil),    // 2: longshore.v1.Reported
+	(*PodReport)(nil),   // 3: longshore.v1.PodReport
+	(*ModelReport)(nil), // 4: longshore.v1.ModelReport
+	(*NodeReport)(nil),  // 5: longshore.v1.NodeReport
+	(Encoding)(0),       // 6: longshore.v1.Encoding
 }
 var file_report_proto_depIdxs = []int32{
-	2, // 0: longshore.v1.Reported.pods:type_name -> longshore.v1.PodReport
-	3, // 1: longshore.v1.Reported.models:type_name -> longshore.v1.ModelReport
-	4, // 2: longshore.v1.Reported.node:type_name -> longshore.v1.NodeReport
-	0, // 3: longshore.v1.ModelReport.state:type_name -> longshore.v1.ModelState
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	6, // 0: longshore.v1.Report.encoding:type_name -> longshore.v1.Encoding
+	3, // 1: longshore.v1.Reported.pods:type_name -> longshore.v1.PodReport
+	4, // 2: longshore.v1.Reported.models:type_name -> longshore.v1.ModelReport
+	5, // 3: longshore.v1.Reported.node:type_name -> longshore.v1.NodeReport
+	0, // 4: longshore.v1.ModelReport.state:type_name -> longshore.v1.ModelState
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_report_proto_init() }
@@ -688,13 +748,14 @@ func file_report_proto_init() {
 	if File_report_proto != nil {
 		return
 	}
+	file_desired_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_report_proto_rawDesc), len(file_report_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -67,6 +67,9 @@ type pair struct {
 	replica *Replica
 	session *Session
 	number  uint64
+	// account is what the edge says it reported, held whether the hub says that it holds it.
+	account []byte
+	held    bool
 	// down and up count messages and bytes.
 	downBytes, upBytes int
 	heads, requests    int
@@ -101,7 +104,7 @@ func (p *pair) setObjects(os ...Object) {
 func (p *pair) connect() {
 	p.number++
 	p.session = nil
-	p.replica.Start(p.now, [16]byte{byte(p.number)}, p.number, nil)
+	p.replica.Start(p.now, [16]byte{byte(p.number)}, p.number, nil, p.account)
 }
 
 // run exchanges messages until nothing moves.
@@ -148,7 +151,7 @@ func (p *pair) edge() bool {
 
 func (p *pair) hello(h *longshorepb.Hello) {
 	s, err := NewSession(SessionConfig{
-		Cluster: "c1", Edge: "e1", EdgeKey: edgeKey, Key: testKey, Objects: p.objects,
+		Cluster: "c1", Edge: "e1", EdgeKey: edgeKey, Key: testKey, Objects: p.objects, AccountHeld: p.held,
 	}, h, p.now)
 	if err != nil {
 		p.t.Fatal(err)
@@ -224,5 +227,27 @@ func TestG1FirstSync(t *testing.T) {
 	p.wantCommitted()
 	if p.heads != 1 || p.requests != 0 {
 		t.Errorf("a small change took %d heads and %d requests, want it pushed with one head", p.heads, p.requests)
+	}
+}
+
+// An edge believes that its hub knows what it reported only if the hub says so of what this session's hello names: otherwise
+// Kubernetes would show nothing of its pods, or old things.
+func TestHeadSaysWhetherTheAccountIsHeld(t *testing.T) {
+	p := newPair(t, t.TempDir())
+	p.setObjects(must(FromPod(pod("a", 100))))
+	for _, c := range []struct {
+		account    []byte
+		held, want bool
+	}{{nil, false, false}, {nil, true, false}, {make([]byte, 32), false, false}, {make([]byte, 32), true, true}} {
+		p.account, p.held = c.account, c.held
+		p.connect()
+		if p.replica.Status().AccountHeld {
+			t.Fatal("the account is held before there is a head")
+		}
+		p.run()
+		p.wantCommitted()
+		if got := p.replica.Status().AccountHeld; got != c.want {
+			t.Errorf("account %x, held %t: the edge says %t", c.account, c.held, got)
+		}
 	}
 }

@@ -58,6 +58,8 @@ type Replica struct {
 	nonce              [16]byte
 	session            uint64
 	outboxes           []*longshorepb.OutboxHead
+	account            []byte // digest that the Hello names
+	accountHeld        bool   // what the newest head says
 	counter            uint64
 	helloAt            time.Time
 	helloPause         time.Duration
@@ -116,11 +118,13 @@ func NewReplica(cfg ReplicaConfig, stored Stored) *Replica {
 	return r
 }
 
-// Start begins a session on a fresh connection. nonce must be random, session higher than ever before.
-func (r *Replica) Start(now time.Time, nonce [16]byte, session uint64, outboxes []*longshorepb.OutboxHead) {
+// Start begins a session on a fresh connection. nonce must be random, session higher than ever before; account is the digest of
+// what was reported in an earlier session, nil if nothing was.
+func (r *Replica) Start(now time.Time, nonce [16]byte, session uint64, outboxes []*longshorepb.OutboxHead, account []byte) {
 	r.Stop()
-	r.running, r.nonce, r.session, r.outboxes = true, nonce, session, outboxes
+	r.running, r.nonce, r.session, r.outboxes, r.account = true, nonce, session, outboxes, account
 	r.counter, r.synced, r.superseded, r.unknown, r.subscribed, r.problem = 0, false, false, false, false, ""
+	r.accountHeld = false
 	r.helloAt, r.helloPause = now, helloMin
 	r.flow.reset()
 }
@@ -276,6 +280,7 @@ func (r *Replica) receiveHead(s *longshorepb.SignedHead) error {
 	r.counter = h.GetCounter()
 	r.helloAt = time.Time{}
 	r.unknown = h.GetUnknown()
+	r.accountHeld = h.GetAccount() && len(r.account) > 0
 	if h.GetSuperseded() || r.unknown {
 		r.superseded = r.superseded || h.GetSuperseded()
 		r.target, r.synced = nil, false
@@ -323,7 +328,7 @@ func (r *Replica) Poll(now time.Time) []EdgeAction {
 func (r *Replica) hello(now time.Time) {
 	h := &longshorepb.Hello{
 		Wire: longshorepb.Wire, Nonce: r.nonce[:], Session: r.session, Instance: r.cfg.Instance[:],
-		Outboxes: r.outboxes, AgentVersion: r.cfg.AgentVersion,
+		Outboxes: r.outboxes, AgentVersion: r.cfg.AgentVersion, Account: r.account,
 	}
 	if r.committed != nil {
 		h.Held = r.committed.Digest[:]
@@ -496,6 +501,7 @@ func (r *Replica) Deadline() time.Time {
 func (r *Replica) Status() ReplicaStatus {
 	s := ReplicaStatus{
 		Synced: r.synced, Superseded: r.superseded, Unknown: r.unknown, Cluster: r.cluster, Head: r.counter, Problem: r.problem,
+		AccountHeld: r.accountHeld,
 	}
 	if r.committed != nil {
 		s.Committed = r.committed.Digest
@@ -530,6 +536,8 @@ type ReplicaStatus struct {
 	// Head is the counter of the last head taken in this session. When it grows while Synced holds, the hub has not heard
 	// that the list is committed: report it again.
 	Head uint64
+	// AccountHeld is set when the hub holds the account that the Hello named: what differs from it is all that is to be reported.
+	AccountHeld bool
 	// Problem says, for people, why the last head or its list was refused; empty if it was not.
 	Problem string
 }

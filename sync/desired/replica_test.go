@@ -21,7 +21,7 @@ func started(t *testing.T) *Replica {
 	r := NewReplica(ReplicaConfig{
 		Edge: "e1", EdgeKey: edgeKey, HubKeys: []ed25519.PublicKey{testKey.Public().(ed25519.PublicKey)},
 	}, Stored{})
-	r.Start(time.Unix(1e9, 0), [16]byte{1}, 1, nil)
+	r.Start(time.Unix(1e9, 0), [16]byte{1}, 1, nil, nil)
 	if len(r.Poll(time.Unix(1e9, 0))) != 2 {
 		t.Fatal("no subscription and hello at the start")
 	}
@@ -276,7 +276,7 @@ func TestOtherEncoding(t *testing.T) {
 		s.SetList(now, l)
 		s.Poll(now)
 		s.Proved(now, l)
-		r.Start(now, [16]byte{1}, 1, nil)
+		r.Start(now, [16]byte{1}, 1, nil, nil)
 		done := false
 		for range 200 {
 			for acts := r.Poll(now); acts != nil; acts = r.Poll(now) {

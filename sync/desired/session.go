@@ -33,6 +33,8 @@ type SessionConfig struct {
 	EdgeKey       []byte
 	Key           ed25519.PrivateKey
 	Objects       Objects
+	// AccountHeld: the hub holds the account that the Hello names. Every head that names a list says so.
+	AccountHeld bool
 	// ResendMin and ResendMax bound the doubling pause after which a head not reported as applied is sent again (5 s, 2 min).
 	ResendMin, ResendMax time.Duration
 }
@@ -256,7 +258,7 @@ func (s *Session) makeHead(now time.Time) {
 	}
 	s.sent, s.sentAt = s.newest, now
 	s.arm(now)
-	s.sign(&longshorepb.Head{List: s.newest.Digest[:]})
+	s.sign(&longshorepb.Head{List: s.newest.Digest[:], Account: s.cfg.AccountHeld})
 }
 
 // arm sets the time of the next resend and doubles the pause.

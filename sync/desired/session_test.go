@@ -193,7 +193,7 @@ func TestUnknownIsSigned(t *testing.T) {
 	if st := r.Status(); !st.Unknown || st.Synced || st.Superseded || st.Committed != before || r.Poll(now) != nil || !r.Deadline().IsZero() {
 		t.Errorf("the replica goes on, or dropped what it holds: %+v", st)
 	}
-	r.Start(now, [16]byte{2}, 2, nil)
+	r.Start(now, [16]byte{2}, 2, nil, nil)
 	if r.Status().Unknown {
 		t.Error("unknown outlives its session")
 	}

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -293,8 +294,7 @@ func (w *World) describe(m message) string {
 		_ = proto.Unmarshal(m.payload, &h)
 		return fmt.Sprintf("hello session=%d held=%s", h.GetSession(), w.digest(h.GetHeld()))
 	case topic.Reported:
-		var r longshorepb.Reported
-		_ = proto.Unmarshal(m.payload, &r)
+		r, _ := account.Decode(m.payload)
 		return "reported " + w.digest(r.GetList())
 	case topic.Index:
 		var s longshorepb.SignedHead

@@ -4,6 +4,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -54,8 +55,8 @@ func (h *hub) receive(c *conn, m message) {
 	case t.Kind == topic.Hello:
 		h.hello(c, m.payload)
 	case t.Kind == topic.Reported:
-		var r longshorepb.Reported
-		if err := proto.Unmarshal(m.payload, &r); err != nil {
+		r, err := account.Decode(m.payload)
+		if err != nil {
 			h.w.fail("hub got a report: %v", err)
 			return
 		}

@@ -8,9 +8,8 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -171,7 +170,7 @@ func (b *box) connect(h *hub) {
 	b.session = b.disk.nextSession()
 	b.sequence = 0
 	b.told.any = false
-	b.replica.Start(b.w.now, b.w.random16(), b.session, nil)
+	b.replica.Start(b.w.now, b.w.random16(), b.session, nil, nil)
 	b.work()
 }
 
@@ -271,7 +270,7 @@ func (b *box) report() {
 	if !s.Committed.IsZero() {
 		r.List = s.Committed[:]
 	}
-	payload, err := proto.Marshal(r)
+	payload, err := account.Encode(r)
 	if err != nil {
 		panic(err)
 	}

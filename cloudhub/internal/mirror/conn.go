@@ -9,13 +9,13 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/protobuf/proto"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/longshore-edge/longshore/broker"
 	"github.com/longshore-edge/longshore/cloudhub/internal/api/v1alpha1"
 	"github.com/longshore-edge/longshore/cloudhub/internal/intake"
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	reports "github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -23,7 +23,6 @@ import (
 // Bounds of what one connection may have waiting for its sender; past them it is closed.
 const (
 	maxHello        = 64 << 10
-	maxReport       = 64 << 10
 	maxFetches      = 4096
 	maxPlainFilters = 64
 	maxFilterBytes  = 1024
@@ -115,23 +114,20 @@ func (c *conn) repeated(h *longshorepb.Hello) bool {
 }
 
 // open notes the hello of the session that this connection carries.
-func (c *conn) open(h *longshorepb.Hello, uplink *intake.Session, before EdgeState) error {
+func (c *conn) open(h *longshorepb.Hello, uplink *intake.Session, before account) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.greeting != nil {
 		return errors.New("another one on the same connection")
 	}
-	c.greeting, c.uplink, c.account = h, uplink, follow(before, h.Session)
+	c.greeting, c.uplink, c.account = h, uplink, follow(before, h)
 	c.in.opened = true
 	return nil
 }
 
 func (c *conn) report(payload []byte) (absurd int, err error) {
-	if len(payload) > maxReport {
-		return 0, errors.New("longer than any edge of this wire sends")
-	}
-	r := &longshorepb.Reported{}
-	if err := proto.Unmarshal(payload, r); err != nil {
+	r, err := reports.Decode(payload)
+	if err != nil {
 		return 0, err
 	}
 	c.mu.Lock()
@@ -193,6 +189,35 @@ func (c *conn) reportedList() []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.account.list
+}
+
+// accountHeld reports whether the account that the hello names was held here when it came.
+func (c *conn) accountHeld() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.account.named
+}
+
+// reported returns the account as it is now.
+func (c *conn) reported() account {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.account.clone()
+}
+
+// keep returns what is kept of the account when the connection has ended.
+func (c *conn) keep() account {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.account.kept()
+}
+
+// account is the newest of an edge; the caller holds Mirror.mu.
+func (r *record) account() account {
+	if r.active != nil {
+		return r.active.reported()
+	}
+	return r.kept
 }
 
 func (c *conn) plainFilters() []string {

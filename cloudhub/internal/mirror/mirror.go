@@ -69,6 +69,8 @@ type record struct {
 	// state was handed out last; Online is false once active has ended.
 	state EdgeState
 	known bool // state is set
+	// kept is the account of the connection that ended last.
+	kept account
 	// retired are instances that were superseded here, oldest first.
 	retired []retired
 }
@@ -318,7 +320,7 @@ func (m *Mirror) hello(c *conn, payload []byte) error {
 		telemetry = m.cfg.Intake.Session(c.edge, hello, c.wake)
 	}
 	m.mu.Lock()
-	before := m.record(c.edge).state
+	before := m.record(c.edge).account()
 	m.mu.Unlock()
 	if err := c.open(hello, telemetry, before); err != nil {
 		if telemetry != nil {
@@ -410,7 +412,7 @@ func (m *Mirror) ended(c *conn, tell bool) {
 		m.mu.Unlock()
 		return
 	}
-	r.active = nil
+	r.kept, r.active = c.keep(), nil
 	r.state.Online, r.state.Synced = false, false
 	r.state.LastContact = time.Now()
 	state, known := r.state, r.known

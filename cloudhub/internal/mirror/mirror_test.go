@@ -476,7 +476,7 @@ func TestReportsAreMergedAndJudged(t *testing.T) {
 		{Session: b.session + 1, Sequence: 1000, Node: &longshorepb.NodeReport{BacklogRecords: 8}},
 		{Session: b.session, Sequence: b.sequence, Node: &longshorepb.NodeReport{BacklogRecords: 9}},
 	} {
-		b.publish("longshore/v1/nodes/e1/reported", marshal(t, r))
+		b.publish("longshore/v1/nodes/e1/reported", encode(t, r))
 	}
 	b.mu.Unlock()
 	b.report(&longshorepb.Reported{Node: &longshorepb.NodeReport{MemoryBytes: 1 << 63}})

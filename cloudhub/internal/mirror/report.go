@@ -1,13 +1,16 @@
 package mirror
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
 
+	"google.golang.org/protobuf/proto"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	reports "github.com/longshore-edge/longshore/sync/account"
 )
 
 // What an edge may say of itself; more is not believed.
@@ -16,23 +19,59 @@ const (
 	maxReportedModels = 1024
 	maxStatusBytes    = 64 << 10
 	maxReportedText   = 4 << 10
+	// maxKept bounds what is kept of an edge that is not connected, in bytes. Above it the edge tells everything again.
+	maxKept = 1 << 20
 )
 
-// account is what an edge reported of itself in one session, merged. It is a plain value: its owner serializes access.
+// account is what an edge reported of itself up to one session, merged, as it was reported: also what is not the edge's (any
+// more). It is a plain value: its owner serializes access.
 type account struct {
 	session, sequence uint64
 	list              []byte
 	node              *longshorepb.NodeReport
-	complete          bool
-	pods              map[types.UID]*longshorepb.PodReport
-	models            map[string]*longshorepb.ModelReport
+	// full: pods and models are a full account, of this session or of an earlier one. complete: they are up to date, since a
+	// full account arrived in this session or the edge said that the one before still stands.
+	full, complete bool
+	// named: the account is the one that the Hello of this session names.
+	named  bool
+	pods   map[types.UID]*longshorepb.PodReport
+	models map[string]*longshorepb.ModelReport
 	// While a full account arrives, it is collected here; the earlier one stands until it is complete.
 	arriving *account
 }
 
-// follow begins the account of a session; what was known before stands until the session's first account is complete.
-func follow(before EdgeState, session uint64) account {
-	return account{session: session, node: before.Node, pods: maps.Clone(before.Pods), models: maps.Clone(before.Models)}
+// follow begins the account of the session that hello opens; what was known before stands until the session's first account is
+// complete. If it is what the edge says it reported, it is complete at once.
+func follow(before account, hello *longshorepb.Hello) account {
+	a := before.clone()
+	a.session, a.sequence, a.list, a.arriving = hello.GetSession(), 0, nil, nil
+	a.named = before.full && len(hello.GetAccount()) > 0 && bytes.Equal(hello.GetAccount(), reports.Digest(a.pods, a.models, a.node))
+	a.complete = a.named
+	return a
+}
+
+// clone returns a copy whose maps are its own; the messages in them are never changed.
+func (a *account) clone() account {
+	c := *a
+	c.pods, c.models = maps.Clone(a.pods), maps.Clone(a.models)
+	return c
+}
+
+// kept returns what is kept of the account when its connection has ended.
+func (a *account) kept() account {
+	size := 0
+	for _, p := range a.pods {
+		size += proto.Size(p)
+	}
+	for _, m := range a.models {
+		size += proto.Size(m)
+	}
+	if size > maxKept {
+		return account{node: a.node}
+	}
+	k := a.clone()
+	k.arriving = nil
+	return k
 }
 
 // merge takes a report. It returns how many parts of it were absurd and left out; an error says that the whole report is
@@ -67,7 +106,7 @@ func (a *account) merge(r *longshorepb.Reported) (absurd int, err error) {
 		if a.arriving != nil {
 			a.pods, a.models, a.arriving = a.arriving.pods, a.arriving.models, nil
 		}
-		a.complete = true
+		a.full, a.complete = true, true
 	}
 	return absurd, nil
 }

@@ -332,6 +332,7 @@ func (s *sender) open(now time.Time) error {
 func (s *sender) newSession(now time.Time) (*desired.Session, error) {
 	session, err := desired.NewSession(desired.SessionConfig{
 		Cluster: s.m.cluster, Edge: s.c.edge, EdgeKey: s.c.Identity().Key, Key: s.m.cfg.Key, Objects: s.view,
+		AccountHeld: s.c.accountHeld(),
 	}, s.c.hello(), now)
 	if err != nil {
 		return nil, fmt.Errorf("hello: %w", err)

@@ -28,6 +28,7 @@ import (
 	"github.com/longshore-edge/longshore/cloudhub/internal/intake"
 	"github.com/longshore-edge/longshore/cloudhub/internal/mirror"
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
@@ -207,6 +208,11 @@ type box struct {
 	conn       *mqttconn.Session
 	session    uint64
 	sequence   uint64
+	// full is what the box reports of itself, account the digest that it names in its next hello; told counts sessions whose
+	// hub held it, and asked those whose hub did not.
+	full        *longshorepb.Reported
+	account     []byte
+	told, asked int
 }
 
 func (f *fleet) box(t *testing.T, name string) *box {
@@ -259,9 +265,10 @@ func (b *box) serve(ctx context.Context, s *mqttconn.Session) error {
 	rand.Read(nonce[:])
 	b.mu.Lock()
 	b.conn, b.session, b.sequence = s, number, 0
+	named := b.account
 	b.mu.Unlock()
 	b.links.Add(1)
-	b.replica.Start(time.Now(), nonce, number, nil)
+	b.replica.Start(time.Now(), nonce, number, nil, named)
 	defer b.replica.Stop()
 	// Subscribing waits for an answer, so it must not wait for this loop: whoever reads has to go on reading.
 	up := make(chan desired.EdgeAction, 4096)
@@ -280,6 +287,10 @@ func (b *box) serve(ctx context.Context, s *mqttconn.Session) error {
 	})
 	first := true
 	for {
+		if st := b.replica.Status(); first && st.Head > 0 {
+			first = false
+			b.introduce(st.AccountHeld)
+		}
 		for actions := b.replica.Poll(time.Now()); len(actions) > 0; actions = b.replica.Poll(time.Now()) {
 			for _, a := range actions {
 				switch a.(type) {
@@ -290,11 +301,6 @@ func (b *box) serve(ctx context.Context, s *mqttconn.Session) error {
 						return err
 					}
 				}
-			}
-			if first {
-				first = false
-				b.reportBy(func(name string, payload []byte) { up <- desired.Publish{Topic: name, Payload: payload} },
-					&longshorepb.Reported{Reset_: true, Complete: true})
 			}
 		}
 		b.mu.Lock()
@@ -345,10 +351,39 @@ func (b *box) apply(a desired.EdgeAction) error {
 	return nil
 }
 
-// report sends a report with what every report carries filled in.
-func (b *box) report(r *longshorepb.Reported) { b.reportBy(b.publish, r) }
+// introduce sends the first report of a session: everything, unless the hub holds it.
+func (b *box) introduce(held bool) {
+	b.mu.Lock()
+	r := &longshorepb.Reported{}
+	if held {
+		b.told++
+	} else {
+		b.asked++
+		if b.full != nil {
+			r = proto.CloneOf(b.full)
+		}
+		r.Reset_, r.Complete = true, true
+	}
+	b.mu.Unlock()
+	b.report(r)
+}
 
-func (b *box) reportBy(publish func(name string, payload []byte), r *longshorepb.Reported) {
+// become sets what the box reports of itself from the next session on, and the account that it names.
+func (b *box) become(full *longshorepb.Reported, named []byte) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.full, b.account = full, named
+}
+
+// introduced returns in how many sessions the hub held the account, and in how many it did not.
+func (b *box) introduced() (told, asked int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.told, b.asked
+}
+
+// report sends a report with what every report carries filled in.
+func (b *box) report(r *longshorepb.Reported) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.sequence++
@@ -356,7 +391,7 @@ func (b *box) reportBy(publish func(name string, payload []byte), r *longshorepb
 	if b.list != nil {
 		r.List = b.list.Digest[:]
 	}
-	publish(topic.Topic{Kind: topic.Reported, Edge: b.name}.String(), marshal(b.t, r))
+	b.publish(topic.Topic{Kind: topic.Reported, Edge: b.name}.String(), encode(b.t, r))
 }
 
 // publish sends on the box's connection; the caller holds mu. A connection that has ended is no failure.
@@ -425,6 +460,15 @@ func (b *box) waitForImage(name, image string) {
 func marshal(t *testing.T, m proto.Message) []byte {
 	t.Helper()
 	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func encode(t *testing.T, r *longshorepb.Reported) []byte {
+	t.Helper()
+	b, err := account.Encode(r)
 	if err != nil {
 		t.Fatal(err)
 	}

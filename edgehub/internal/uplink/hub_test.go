@@ -19,6 +19,7 @@ import (
 
 	"github.com/longshore-edge/longshore/broker"
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 	"github.com/longshore-edge/longshore/sync/frame"
 	"github.com/longshore-edge/longshore/sync/outbox"
@@ -55,6 +56,7 @@ type hub struct {
 	lostReports int
 	withhold    bool
 	unknown     bool         // the hub knows no such Edge
+	books       books        // of what is reported
 	order       []topic.Kind // of everything received
 }
 
@@ -168,7 +170,7 @@ func (h *hub) Received(c *broker.Conn, name string, payload []byte) {
 		h.hellos = append(h.hellos, &m)
 		if h.conn.session, err = desired.NewSession(desired.SessionConfig{
 			Cluster: "test", Edge: edgeName, EdgeKey: h.digest[:], Key: h.key, Objects: hubObjects{h},
-			ResendMin: 100 * time.Millisecond,
+			ResendMin: 100 * time.Millisecond, AccountHeld: h.books.hold(m.GetAccount()),
 		}, &m, time.Now()); err != nil {
 			h.t.Error("hello:", err)
 			return
@@ -178,12 +180,16 @@ func (h *hub) Received(c *broker.Conn, name string, payload []byte) {
 			h.conn.session.Dismiss(time.Now())
 		}
 	case topic.Reported:
-		var m longshorepb.Reported
-		h.decode(payload, &m)
-		if h.reports = append(h.reports, &m); h.lostReports > 0 && len(m.GetList()) > 0 {
+		m, err := account.Decode(payload)
+		if err != nil {
+			h.t.Error("report:", err)
+			return
+		}
+		if h.reports = append(h.reports, m); h.lostReports > 0 && len(m.GetList()) > 0 {
 			h.lostReports--
 			return
 		}
+		h.books.take(m)
 		h.conn.session.Reported(time.Now(), m.GetList())
 	case topic.Telemetry:
 		if h.deaf > 0 {

@@ -1,7 +1,6 @@
 package uplink
 
 import (
-	"fmt"
 	"strings"
 	"sync"
 	"time"
@@ -11,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/desired"
 )
 
@@ -27,23 +27,52 @@ const (
 	reportRoom = 4 << 10
 )
 
-// reporter turns accounts into reports: the first of a session in full, later ones what changed.
+// reported is what was reported so far. It is a value: maps and messages in it are not changed. The zero value is nothing.
+type reported struct {
+	pods   map[string]*longshorepb.PodReport   // by UID; nil before the first report
+	models map[string]*longshorepb.ModelReport // by namespace/name
+	node   *longshorepb.NodeReport
+	nodeAt time.Time // of the last report of the node
+}
+
+// digest names a full account; nil if there is none.
+func (r reported) digest() []byte {
+	if r.pods == nil {
+		return nil
+	}
+	return account.Digest(r.pods, r.models, r.node)
+}
+
+// reporter turns accounts into reports: the first of a session in full, unless the hub holds that of an earlier session, later
+// ones what changed.
 type reporter struct {
 	session uint64
 
-	mu     sync.Mutex
-	list   []byte // guarded by mu: digest of the committed list, nil if none
-	urgent bool   // guarded by mu: list changed
-	dirty  bool   // guarded by mu: the account changed
+	mu      sync.Mutex
+	list    []byte   // guarded by mu: digest of the committed list, nil if none
+	urgent  bool     // guarded by mu: list changed
+	dirty   bool     // guarded by mu: the account changed
+	earlier reported // guarded by mu: what the hub holds of earlier sessions
 
-	sequence     uint64
-	last, nodeAt time.Time
-	pods         map[string]*longshorepb.PodReport   // as reported, by UID
-	models       map[string]*longshorepb.ModelReport // as reported, by namespace/name
-	node         *longshorepb.NodeReport             // as reported
+	sequence uint64
+	last     time.Time
+	reported
 }
 
 func newReporter(session uint64) *reporter { return &reporter{session: session, urgent: true} }
+
+// resume says that the hub holds what was reported in an earlier session; call it before the first report.
+func (r *reporter) resume(earlier reported) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.earlier = earlier
+}
+
+func (r *reporter) resumed() reported {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.earlier
+}
 
 func (r *reporter) setList(d desired.Digest) {
 	r.mu.Lock()
@@ -85,13 +114,16 @@ func (r *reporter) quietPause() time.Duration {
 }
 
 // next returns the serialized reports to send now, none above 16 KiB, or how long to wait before asking again.
-func (r *reporter) next(account func() Account, now time.Time) (messages [][]byte, wait time.Duration, err error) {
+func (r *reporter) next(look func() Account, now time.Time) (messages [][]byte, wait time.Duration, err error) {
 	list, urgent, wait := r.due(now)
 	if wait > 0 {
 		return nil, wait, nil
 	}
+	if r.pods == nil {
+		r.reported = r.resumed()
+	}
 	first := r.pods == nil
-	parts := r.split(r.diff(account(), now, first))
+	parts := r.split(r.diff(look(), now, first))
 	r.last = now
 	if !urgent && len(parts) == 1 && proto.Size(parts[0]) == 0 {
 		return nil, r.quietPause(), nil
@@ -101,9 +133,9 @@ func (r *reporter) next(account func() Account, now time.Time) (messages [][]byt
 	for _, p := range parts {
 		r.sequence++
 		p.Session, p.Sequence, p.List = r.session, r.sequence, list
-		b, err := proto.Marshal(p)
+		b, err := account.Encode(p)
 		if err != nil {
-			return nil, 0, fmt.Errorf("encode report: %w", err)
+			return nil, 0, err
 		}
 		messages = append(messages, b)
 	}
@@ -136,7 +168,7 @@ func (r *reporter) diff(a Account, now time.Time, first bool) *longshorepb.Repor
 		models[key] = m
 	}
 	r.pods, r.models = pods, models
-	if first || now.Sub(r.nodeAt) >= figuresPause && !proto.Equal(r.node, a.Node) || !proto.Equal(facts(r.node), facts(a.Node)) ||
+	if first || now.Sub(r.nodeAt) >= figuresPause && !proto.Equal(r.node, a.Node) || !proto.Equal(account.Facts(r.node), account.Facts(a.Node)) ||
 		drained(r.node, a.Node) {
 		d.Node, r.node, r.nodeAt = a.Node, a.Node, now
 	}
@@ -148,16 +180,6 @@ func (r *reporter) diff(a Account, now time.Time, first bool) *longshorepb.Repor
 func drained(reported, now *longshorepb.NodeReport) bool {
 	was, is := reported.GetBacklogRecords(), now.GetBacklogRecords()
 	return was > 0 && is == 0 || was >= manyRecords && is <= was/10
-}
-
-// facts is a node's report without the figures that change all the time.
-func facts(n *longshorepb.NodeReport) *longshorepb.NodeReport {
-	if n == nil {
-		return nil
-	}
-	n = proto.CloneOf(n)
-	n.DiskFreeBytes, n.BacklogRecords, n.BacklogBytes = 0, 0, 0
-	return n
 }
 
 // fit replaces a status that would not fit a message.

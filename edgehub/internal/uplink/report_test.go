@@ -4,9 +4,8 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/account"
 )
 
 // figures drives a reporter by a clock of its own through the figures of a node, one for each second.
@@ -24,10 +23,10 @@ func newFigures(t *testing.T) *figures {
 func (f *figures) second(backlog uint64) (reported uint64, ok bool) {
 	f.t.Helper()
 	f.now = f.now.Add(time.Second)
-	account := func() Account {
+	look := func() Account {
 		return Account{Node: &longshorepb.NodeReport{Hostname: "box", BacklogRecords: backlog, BacklogBytes: 100 * backlog}}
 	}
-	messages, wait, err := f.reporter.next(account, f.now)
+	messages, wait, err := f.reporter.next(look, f.now)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -37,9 +36,9 @@ func (f *figures) second(backlog uint64) (reported uint64, ok bool) {
 		}
 		return 0, false
 	}
-	var m longshorepb.Reported
-	if err := proto.Unmarshal(messages[0], &m); err != nil || m.GetNode() == nil {
-		f.t.Fatalf("report %v without a node, error %v", &m, err)
+	m, err := account.Decode(messages[0])
+	if err != nil || m.GetNode() == nil {
+		f.t.Fatalf("report %v without a node, error %v", m, err)
 	}
 	return m.GetNode().GetBacklogRecords(), true
 }

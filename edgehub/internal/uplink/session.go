@@ -130,8 +130,8 @@ func (s *session) receive(m mqttconn.Message) {
 	if st.Head > s.head && s.head > 0 && st.Synced {
 		s.writer.committed(st.Committed)
 	}
-	if s.head == 0 && st.Head > 0 {
-		s.writer.trust()
+	if s.head == 0 && st.Head > 0 && !st.Superseded && !st.Unknown {
+		s.writer.trust(st.AccountHeld)
 	}
 	s.head = st.Head
 }

@@ -113,6 +113,8 @@ type Uplink struct {
 	conn    *mqttconn.Session // guarded by mu; nil without a session
 	status  Status            // guarded by mu; bytes of ended connections only
 	flow    *flow             // guarded by mu; of the newest session
+	// reported is what hubs were told up to the last session that ended. Sessions follow each other; it is theirs alone.
+	reported reported
 	// complained is when a rejected message was last logged; guarded by mu.
 	complained time.Time
 }
@@ -215,7 +217,7 @@ func (u *Uplink) serve(ctx context.Context, conn *mqttconn.Session) error {
 		return &storeError{err}
 	}
 	s := newSession(u, conn, number)
-	defer u.end(conn)
+	defer u.end(s)
 	if err := u.begin(s); err != nil {
 		return err
 	}
@@ -236,20 +238,22 @@ func (u *Uplink) begin(s *session) error {
 		return fmt.Errorf("make a nonce: %w", err)
 	}
 	heads := u.cfg.Outbox.Heads()
+	account := u.reported.digest()
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.conn, u.flow, u.status.Session = s.conn, s.writer.flow, s.number
-	u.replica.Start(time.Now(), nonce, s.number, heads)
+	u.replica.Start(time.Now(), nonce, s.number, heads, account)
 	s.writer.reporter.setList(u.replica.Status().Committed)
 	return nil
 }
 
-func (u *Uplink) end(conn *mqttconn.Session) {
+func (u *Uplink) end(s *session) {
+	u.reported = s.writer.told()
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.status.Superseded = u.status.Superseded || u.replica.Status().Superseded
 	u.replica.Stop()
-	in, out := conn.Bytes()
+	in, out := s.conn.Bytes()
 	u.status.BytesIn += in
 	u.status.BytesOut += out
 	u.conn = nil

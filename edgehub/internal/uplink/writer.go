@@ -43,6 +43,7 @@ type writer struct {
 
 	flow *flow // guarded by up.mu
 
+	earlier       reported // what was reported in earlier sessions
 	asked         bool     // for acknowledgements
 	reports       [][]byte // serialized, not sent yet
 	live, backlog lane
@@ -62,7 +63,7 @@ type lane struct {
 
 func newWriter(up *Uplink, conn *mqttconn.Session, session uint64) *writer {
 	w := &writer{
-		up: up, conn: conn, reporter: newReporter(session), flow: newFlow(),
+		up: up, conn: conn, reporter: newReporter(session), flow: newFlow(), earlier: up.reported,
 		wake: make(chan struct{}, 1), idle: make(chan struct{}, 1),
 		limit: rate.NewLimiter(rate.Inf, 0), subscribes: semaphore.NewWeighted(maxSubscribes),
 	}
@@ -100,12 +101,25 @@ func (w *writer) committed(list desired.Digest) {
 	w.poke()
 }
 
-// trust says that the hub proved itself in this session: telemetry may go to it, and its acknowledgements count.
-func (w *writer) trust() {
+// trust says that the hub proved itself in this session: reports and telemetry may go to it, and its acknowledgements count.
+// accountHeld: it holds what was reported in earlier sessions.
+func (w *writer) trust(accountHeld bool) {
+	if accountHeld {
+		w.reporter.resume(w.earlier)
+	}
 	w.mu.Lock()
 	w.trusted = true
 	w.mu.Unlock()
 	w.poke()
+}
+
+// told returns what the hub was told in this session and earlier ones, once run has ended. What is left of a full account does
+// not count: until it is complete, a hub goes by the one before.
+func (w *writer) told() reported {
+	if w.reporter.pods == nil || len(w.reports) > 0 {
+		return w.earlier
+	}
+	return w.reporter.reported
 }
 
 func (w *writer) isTrusted() bool {
@@ -184,10 +198,14 @@ func (w *writer) sleep(ctx context.Context, wait time.Duration) error {
 	return nil
 }
 
-// step sends the most urgent message there is; telemetry only to a hub that proved itself. If there is none it returns how long to wait for one at most.
+// step sends the most urgent message there is; reports and telemetry only to a hub that proved itself. If there is none it
+// returns how long to wait for one at most.
 func (w *writer) step(ctx context.Context, g *errgroup.Group) (wait time.Duration, err error) {
 	if a := w.action(); a != nil {
 		return 0, w.execute(ctx, g, a)
+	}
+	if !w.isTrusted() {
+		return lookAgain, nil
 	}
 	select {
 	case <-w.up.cfg.AccountChanged:
@@ -204,12 +222,11 @@ func (w *writer) step(ctx context.Context, g *errgroup.Group) (wait time.Duratio
 		wait = min(wait, pause)
 	}
 	if len(w.reports) > 0 {
-		m := w.reports[0]
-		w.reports = w.reports[1:]
-		return 0, w.publish(ctx, topic.Reported, m)
-	}
-	if !w.isTrusted() {
-		return wait, nil
+		err := w.publish(ctx, topic.Reported, w.reports[0])
+		if err == nil {
+			w.reports = w.reports[1:]
+		}
+		return 0, err
 	}
 	if !w.asked {
 		w.asked = true
