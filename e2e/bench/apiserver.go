@@ -145,32 +145,61 @@ func podEvents(stream io.Reader, each func(name, phase string) (enough bool)) bo
 
 // podWrites counts the writes to pods that the API server has seen: to their status, and others.
 func (a *apiServer) podWrites(ctx context.Context) (status, others int, err error) {
+	err = a.requests(ctx, func(resource, verb, subresource string, n int) {
+		switch {
+		case resource != "pods", verb == "GET", verb == "LIST", verb == "WATCH":
+		case subresource == "status":
+			status += n
+		default:
+			others += n
+		}
+	})
+	return status, others, err
+}
+
+// ofEdges counts the requests that the API server has seen about single edges, their nodes, pods, models and what pods name: no
+// lists and watches, and no Leases, whose renewal goes on anyhow.
+func (a *apiServer) ofEdges(ctx context.Context) (count int, err error) {
+	err = a.requests(ctx, func(resource, verb, _ string, n int) {
+		switch resource {
+		case "edges", "nodes", "pods", "models", "secrets", "configmaps":
+			if verb != "LIST" && verb != "WATCH" {
+				count += n
+			}
+		}
+	})
+	return count, err
+}
+
+// requests calls each for every count of requests in the API server's own metrics.
+func (a *apiServer) requests(ctx context.Context, each func(resource, verb, subresource string, n int)) error {
 	stream, err := a.open(ctx, http.MethodGet, "/metrics", jsonType, nil)
 	if err != nil {
-		return 0, 0, err
+		return err
 	}
 	defer stream.Close()
 	b, err := io.ReadAll(stream)
 	if err != nil {
-		return 0, 0, err
+		return err
 	}
 	for line := range strings.Lines(string(b)) {
 		labels, ok := strings.CutPrefix(line, "apiserver_request_total{")
-		if !ok || !strings.Contains(labels, `resource="pods"`) {
+		if !ok {
 			continue
 		}
 		labels, value, _ := strings.Cut(labels, "} ")
 		n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
 		if err != nil {
-			return 0, 0, err
+			return err
 		}
-		switch {
-		case strings.Contains(labels, `verb="GET"`), strings.Contains(labels, `verb="LIST"`), strings.Contains(labels, `verb="WATCH"`):
-		case strings.Contains(labels, `subresource="status"`):
-			status += int(n)
-		default:
-			others += int(n)
-		}
+		each(label(labels, "resource"), label(labels, "verb"), label(labels, "subresource"), int(n))
 	}
-	return status, others, nil
+	return nil
+}
+
+// label returns the value of one label of a metric.
+func label(labels, name string) string {
+	_, after, _ := strings.Cut(","+labels, ","+name+`="`)
+	value, _, _ := strings.Cut(after, `"`)
+	return value
 }

@@ -59,6 +59,9 @@ func kubernetes(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	b.record(figure{Name: "hub-idle", What: "RSS of a hub without edges", Unit: "MiB", Compare: "72 MB"}, float64(idle)/mib)
+	if err := k.reconnectRequests(ctx, b); err != nil {
+		return err
+	}
 	if err := k.grow(ctx, kubeEdges); err != nil {
 		return err
 	}

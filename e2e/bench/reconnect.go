@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -84,22 +85,9 @@ func reconnect(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	for range b.runs {
-		st, err := e.Status(ctx)
-		if err != nil {
-			return err
-		}
-		before := e.link.Bytes()
+		before, payload := e.link.Bytes(), e.link.Payload()
 		files := e.files.Bytes()
-		e.cut()
-		e.restore()
-		err = poll(ctx, 10*time.Millisecond, func() error {
-			now, err := e.Status(ctx)
-			if err == nil && (now.Link.Session == st.Link.Session || !now.List.Synced) {
-				err = errors.New("not in sync in a new session")
-			}
-			return err
-		})
-		if err != nil {
+		if err := e.flap(ctx); err != nil {
 			return err
 		}
 		after, err := quiet(ctx, e)
@@ -107,9 +95,10 @@ func reconnect(ctx context.Context, b *bench) (err error) {
 			return err
 		}
 		b.record(figure{
-			Name: "reconnect", What: "reconnect of an edge with 10 pods and a model, nothing changed: bytes both ways, MQTT's own overhead and the first report included",
+			Name: "reconnect", What: "reconnect of an edge with 10 pods and a model, nothing changed: bytes both ways, all protocol above TCP included",
 			Unit: "bytes", Reach: atMost(1024),
 		}, float64(after-before))
+		b.record(figure{Name: "reconnect-payload", What: "MQTT payload among them: hello, head, the first report, acknowledgement", Unit: "bytes", Reach: atMost(1024)}, float64(e.link.Payload()-payload))
 		b.record(figure{Name: "reconnect-files", What: "bytes at the hub's door for files meanwhile", Unit: "bytes", Reach: atMost(0)}, float64(e.files.Bytes()-files))
 	}
 	return nil
@@ -129,4 +118,78 @@ func quiet(ctx context.Context, e *box) (int64, error) {
 		return nil
 	})
 	return last, err
+}
+
+// flap cuts and restores the link, and waits until the edge is in sync in a new session.
+func (e *box) flap(ctx context.Context) error {
+	st, err := e.Status(ctx)
+	if err != nil {
+		return err
+	}
+	e.cut()
+	e.restore()
+	return poll(ctx, 10*time.Millisecond, func() error {
+		now, err := e.Status(ctx)
+		if err == nil && (now.Link.Session == st.Link.Session || !now.List.Synced) {
+			err = errors.New("not in sync in a new session")
+		}
+		return err
+	})
+}
+
+// reconnectRequests counts what the same reconnect costs the API server, with a full edge that is the only one.
+func (k *kubeSite) reconnectRequests(ctx context.Context, b *bench) error {
+	const name, pods = "dock", 10
+	if err := k.api.create(ctx, edgesPath, object{
+		"apiVersion": "longshore.dev/v1alpha1", "kind": "Edge", "metadata": object{"name": name}, "spec": object{"pods": true},
+	}); err != nil {
+		return err
+	}
+	e, err := k.box(ctx, name, "")
+	if err != nil {
+		return err
+	}
+	if err := poll(ctx, 200*time.Millisecond, func() error { return k.nodes(ctx, 1) }); err != nil {
+		return err
+	}
+	for i := range pods {
+		if err := k.api.create(ctx, podsPath, kubePod(name, name, i)); err != nil {
+			return err
+		}
+	}
+	if err := k.synced(ctx, e, pods, 0); err != nil {
+		return err
+	}
+	if err := pause(ctx, b.settle); err != nil {
+		return err
+	}
+	for range b.runs {
+		if _, err := quiet(ctx, e); err != nil {
+			return err
+		}
+		before, err := k.api.ofEdges(ctx)
+		if err != nil {
+			return err
+		}
+		if err := e.flap(ctx); err != nil {
+			return err
+		}
+		if _, err := quiet(ctx, e); err != nil {
+			return err
+		}
+		after, err := k.api.ofEdges(ctx)
+		if err != nil {
+			return err
+		}
+		b.record(figure{Name: "reconnect-requests", What: "requests to the API server because of such a reconnect", Unit: "requests", Reach: atMost(0)}, float64(after-before))
+	}
+	if err := end(e.Process); err != nil {
+		return err
+	}
+	for _, path := range []string{podsPath + "?gracePeriodSeconds=0", edgesPath} {
+		if err := k.api.do(ctx, http.MethodDelete, path, jsonType, nil, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }

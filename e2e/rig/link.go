@@ -20,6 +20,8 @@ type Link struct {
 	closed bool
 	conns  map[net.Conn]struct{}
 	bytes  int64
+	// payload of MQTT messages among them.
+	payload int64
 }
 
 // NewLink relays to target until Close.
@@ -75,6 +77,13 @@ func (k *Link) Bytes() int64 {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.bytes
+}
+
+// Payload is how many of the bytes relayed were payload of MQTT messages; it means something where MQTT without TLS is spoken.
+func (k *Link) Payload() int64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.payload
 }
 
 // Close ends the relay and waits for its goroutines.
@@ -161,11 +170,13 @@ func (k *Link) relay(down net.Conn) {
 
 func (k *Link) copy(to io.Writer, from io.Reader, down bool) {
 	b := make([]byte, 32<<10)
+	var payload payload
 	for {
 		n, err := from.Read(b)
 		if n > 0 {
 			k.mu.Lock()
 			k.bytes += int64(n)
+			k.payload += payload.take(b[:n])
 			lost := k.mute && down
 			k.mu.Unlock()
 			if lost {

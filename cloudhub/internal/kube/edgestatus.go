@@ -30,6 +30,9 @@ const (
 	manyRecords = 1000
 	// staleAfter is when a status that says Online is no longer believed: its hub is gone.
 	staleAfter = 3 * contactEvery
+	// flapAfter is how long a link must be away before Kubernetes hears of it: one that comes back sooner, to the same hub, costs
+	// no request.
+	flapAfter = 10 * time.Second
 	// minStatusPause is the least time between two writes of one Edge's status.
 	minStatusPause = time.Second
 	// maxMessage bounds texts from edges that are written to Kubernetes.
@@ -37,14 +40,13 @@ const (
 )
 
 // owns says whether a hub may write an Edge's status from a state: nobody holds a newer session that is alive, and the end of
-// a session is told only by the hub that told its beginning.
+// a session is told only by the hub that told its beginning, or that of an earlier one of the same agent (writeAfter).
 func owns(status *v1alpha1.EdgeStatus, state *mirror.EdgeState, hub string, now time.Time) bool {
 	if state == nil {
 		return false
 	}
-	same := status.Hub == hub && status.Session == int64(state.Session) && status.Instance == state.Instance
 	if !state.Online {
-		return same
+		return status.Hub == hub && status.Session <= int64(state.Session) && status.Instance == state.Instance
 	}
 	if status.Hub == hub || status.Link != linkOnline || stale(status, now) || status.Session < int64(state.Session) {
 		return true
@@ -133,6 +135,10 @@ func modelState(s longshorepb.ModelState) string {
 // writeAfter returns after what time next is due in place of now's status: 0 for at once, negative for never. Numbers and
 // times alone wait until the last contact that is written is a minute old; only that a backlog is gone, which people wait
 // for, is told within seconds.
+//
+// The end of a link waits too, and a newer session of the same agent on the same hub is a number: other hubs lose nothing. What
+// stands there already names this hub; whoever gets a newer session writes it, and one that is older than this hub's own, but newer
+// than what stands there, is put right as soon as this hub sees it.
 func writeAfter(have, next *v1alpha1.EdgeStatus, now time.Time) time.Duration {
 	if equality.Semantic.DeepEqual(have, next) {
 		if next.Link == linkOnline {
@@ -140,7 +146,13 @@ func writeAfter(have, next *v1alpha1.EdgeStatus, now time.Time) time.Duration {
 		}
 		return -1
 	}
+	if have.Link == linkOnline && next.Link == linkOffline {
+		return max(0, next.LastContact.Add(flapAfter).Sub(now))
+	}
 	quiet := next.DeepCopy()
+	if have.Hub == next.Hub && have.Instance == next.Instance && have.Session < next.Session {
+		quiet.Session = have.Session
+	}
 	quiet.Sequence, quiet.LastContact, quiet.BacklogRecords = have.Sequence, have.LastContact, have.BacklogRecords
 	if have.LastContact == nil || !equality.Semantic.DeepEqual(have, quiet) {
 		return 0

@@ -66,21 +66,20 @@ func (l *leases) Run(ctx context.Context) error {
 	return nil
 }
 
-// take returns the edges whose Leases are due and sets the next time; those not online here are forgotten.
+// take returns the edges whose Leases are due and sets the next time. Those not online here are forgotten, except for a moment, so
+// that one whose link flaps goes on as before.
 func (l *leases) take(now time.Time) []string {
-	online := map[string]bool{}
-	for _, edge := range l.source.work.online() {
-		online[edge] = true
-	}
+	links := l.source.work.held(now)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var due []string
 	for edge, at := range l.next {
+		online, held := links[edge]
 		switch {
-		case !online[edge]:
+		case !held:
 			delete(l.next, edge)
 			delete(l.known, edge)
-		case !at.After(now):
+		case online && !at.After(now):
 			due = append(due, edge)
 			l.next[edge] = now.Add(wait.Jitter(renewEvery, 0.2))
 		}

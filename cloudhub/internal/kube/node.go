@@ -146,7 +146,10 @@ func nodeStatus(node *corev1.Node, state *mirror.EdgeState, mine bool, now time.
 	switch {
 	case mine && state.Online:
 		ready.Status, ready.Reason, ready.Message = corev1.ConditionTrue, "EdgeConnected", "the edge is connected to a hub"
-		describe(status, node.Name, state)
+		// An edge that has not said what it is, yet, is still what another hub, or this one before, was told.
+		if state.Node != nil || status.Capacity == nil {
+			describe(status, node.Name, state)
+		}
 	case mine:
 		if wait := state.LastContact.Add(offlineAfter).Sub(now); wait > 0 {
 			return wait

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -154,6 +155,24 @@ type slowServer struct {
 	mu    sync.Mutex
 	held  chan struct{} // closed: watches flow
 	count int           // of lists answered
+	asked []string      // method and path of everything else that came: no watches
+}
+
+// requests returns what was asked so far, but for what is asked anyhow: the probe, and the renewal of Leases.
+func (s *slowServer) requests() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.asked)
+}
+
+func (s *slowServer) note(r *http.Request) {
+	probe := r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/edges")
+	if r.URL.Query().Get("watch") != "" || probe || strings.Contains(r.URL.Path, "/leases/") && r.Method != http.MethodGet {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked = append(s.asked, r.Method+" "+r.URL.Path)
 }
 
 func newSlowServer(t *testing.T) *slowServer {
@@ -169,7 +188,7 @@ func newSlowServer(t *testing.T) *slowServer {
 	roots.AppendCertsFromPEM(one.CertificateAuthorityData)
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}
 	proxy := &httputil.ReverseProxy{
-		Rewrite:       func(r *httputil.ProxyRequest) { r.SetURL(target) },
+		Rewrite:       func(r *httputil.ProxyRequest) { s.note(r.In); r.SetURL(target) },
 		Transport:     transport,
 		FlushInterval: -1,
 		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },

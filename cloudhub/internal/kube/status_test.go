@@ -6,6 +6,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/longshore-edge/longshore/cloudhub/internal/api/v1alpha1"
@@ -36,6 +37,7 @@ func TestOwns(t *testing.T) {
 		{"newer session elsewhere, but its hub is gone", stands("you", "i", 6, linkOnline, 2*staleAfter), state(5, true), true},
 		{"a clone with the same number", stands("you", "other", 5, linkOnline, 0), state(5, true), false},
 		{"the end of the session that stands there", stands("me", "i", 5, linkOnline, 0), state(5, false), true},
+		{"the end of a session whose beginning was not told", stands("me", "i", 4, linkOnline, 0), state(5, false), true},
 		{"the end of a session of another hub", stands("you", "i", 5, linkOnline, 0), state(5, false), false},
 		{"the end of an older session", stands("me", "i", 6, linkOnline, 0), state(5, false), false},
 	} {
@@ -70,6 +72,13 @@ func TestWriteAfter(t *testing.T) {
 	far := have
 	far.BacklogRecords = 40_000
 	numbers.Sequence, numbers.BacklogRecords = 7, 7
+	held := v1alpha1.EdgeStatus{Link: linkOnline, Hub: "me", Instance: "i", Session: 5, LastContact: have.LastContact}
+	broke, back, started, elsewhere, again := held, held, held, held, held
+	broke.Link, broke.LastContact = linkOffline, &metav1.Time{Time: now.Add(-4 * time.Second)}
+	back.Session = 6
+	started.Session, started.Instance = 6, "j"
+	elsewhere.Session, elsewhere.Hub = 6, "you"
+	again.Session = 1
 	synced.Synced = true
 	for name, c := range map[string]struct {
 		have, next v1alpha1.EdgeStatus
@@ -80,6 +89,11 @@ func TestWriteAfter(t *testing.T) {
 		"the backlog is gone":      {behind, v1alpha1.EdgeStatus{Link: linkOnline, Sequence: 8, LastContact: &metav1.Time{Time: now}}, 0},
 		"fewer are under way":      {behind, numbers, 40 * time.Second},
 		"some are under way still": {far, numbers, 0},
+		"the link broke":           {held, broke, 6 * time.Second},
+		"it came back":             {held, back, 40 * time.Second},
+		"the agent started":        {held, started, 0},
+		"another hub has it":       {held, elsewhere, 0},
+		"installed anew":           {held, again, 0},
 		"nothing, online":          {have, have, contactEvery},
 		"nothing, offline":         {offline, offline, -1},
 		"first contact":            {v1alpha1.EdgeStatus{}, have, 0},
@@ -112,6 +126,24 @@ func TestNodeReadinessIsDebounced(t *testing.T) {
 	nodeStatus(node, &state, true, now.Add(offlineAfter))
 	if err := nodeReady(node, corev1.ConditionUnknown); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A hub that starts does not know the box yet when it comes back: its Node must not look like the smallest there is meanwhile.
+func TestNodeKeepsWhatABoxSaid(t *testing.T) {
+	now := time.Now()
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}
+	state := online("n", 1)
+	nodeStatus(node, &state, true, now)
+	state.Node = nil
+	after := node.DeepCopy()
+	nodeStatus(after, &state, true, now)
+	if !equality.Semantic.DeepEqual(node.Status, after.Status) {
+		t.Fatalf("%+v, was %+v", after.Status, node.Status)
+	}
+	fresh := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}
+	if nodeStatus(fresh, &state, true, now); fresh.Status.Capacity.Pods().Value() != defaultPods {
+		t.Fatalf("%+v", fresh.Status)
 	}
 }
 

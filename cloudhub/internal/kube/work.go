@@ -83,17 +83,17 @@ func (w *work) setMine(e *edgeWork, mine bool) {
 	e.mine = mine
 }
 
-// online returns the edges whose link this hub holds.
-func (w *work) online() []string {
+// held returns the edges whose link this hub holds (true), or held until a moment ago (false).
+func (w *work) held(now time.Time) map[string]bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	var names []string
+	links := map[string]bool{}
 	for name, e := range w.byEdge {
-		if e.mine && e.state != nil && e.state.Online {
-			names = append(names, name)
+		if e.mine && e.state != nil && (e.state.Online || now.Sub(e.state.LastContact) < flapAfter) {
+			links[name] = e.state.Online
 		}
 	}
-	return names
+	return links
 }
 
 // reconcile writes what differs between what an edge reported and what Kubernetes holds. It returns after what time to look
