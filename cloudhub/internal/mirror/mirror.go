@@ -369,7 +369,7 @@ func (m *Mirror) claim(c *conn) (superseded bool, err error) {
 	default:
 		old.order("a newer session of the same agent took over", false)
 	}
-	r.active = c
+	r.active, r.kept = c, account{}
 	return false, nil
 }
 
