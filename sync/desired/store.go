@@ -266,13 +266,16 @@ func loadObjects(txn *badger.Txn, st *Stored) error {
 	})
 }
 
-// staleKeys returns blocks without a header and parts of complete objects.
+// staleKeys returns blocks without a header, parts of complete objects, and what has no name of either.
 func staleKeys(txn *badger.Txn, objects map[Digest]struct{}) [][]byte {
 	var stale [][]byte
 	for _, prefix := range []byte{blockKey, partKey} {
 		_ = scan(txn, []byte{prefix}, false, func(key, _ []byte) error {
-			_, complete := objects[Digest(key[1:33])]
-			if complete == (prefix == partKey) {
+			var complete, named bool
+			if named = len(key) >= 33; named {
+				_, complete = objects[Digest(key[1:33])]
+			}
+			if !named || complete == (prefix == partKey) {
 				stale = append(stale, bytes.Clone(key))
 			}
 			return nil
@@ -283,8 +286,11 @@ func staleKeys(txn *badger.Txn, objects map[Digest]struct{}) [][]byte {
 
 func loadParts(txn *badger.Txn, st *Stored) error {
 	return scan(txn, []byte{partKey}, true, func(key, value []byte) error {
+		if len(key) != 41 || len(value) < 10 {
+			return nil
+		}
 		d := Digest(key[1:33])
-		if _, complete := st.Objects[d]; complete || len(key) != 41 || len(value) < 10 {
+		if _, complete := st.Objects[d]; complete {
 			return nil
 		}
 		p := Part{
