@@ -66,8 +66,11 @@ func openDurable(kv KV, log *slog.Logger) (*durable, error) {
 	if b == nil {
 		return d, nil
 	}
-	if err := json.Unmarshal(b, &d.records); err != nil {
+	err = json.Unmarshal(b, &d.records)
+	if err != nil {
 		log.Error("last good versions of models are unreadable, starting without", "error", err)
+	}
+	if err != nil || d.records == nil { // nil: it says "null"
 		d.records = map[string]record{}
 	}
 	return d, nil
