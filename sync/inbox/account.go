@@ -168,6 +168,9 @@ func (a *Account) UnmarshalBinary(b []byte) (err error) {
 		}
 		b = b[size:]
 	}
+	if n.stored < n.delivered.Count() {
+		return errors.New("account delivered more records than it stored")
+	}
 	n.held = n.delivered.Clone()
 	for _, r := range n.ledgered.Ranges() {
 		if n.held.Touches(r.First, r.Last) {

@@ -2,6 +2,7 @@ package inbox
 
 import (
 	"errors"
+	"reflect"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -163,6 +164,14 @@ func FuzzAccount(f *testing.F) {
 		}
 		if a.Accepted() < a.Delivered()+a.Ledgered() {
 			t.Fatalf("accepted %d < %d + %d", a.Accepted(), a.Delivered(), a.Ledgered())
+		}
+		stored, err := a.MarshalBinary()
+		var again Account
+		if err == nil {
+			err = again.UnmarshalBinary(stored)
+		}
+		if err != nil || !reflect.DeepEqual(again, a) {
+			t.Fatalf("%+v is read again as %+v, %v", a, again, err)
 		}
 	})
 }
