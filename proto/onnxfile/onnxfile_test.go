@@ -32,5 +32,13 @@ func TestMarshalRepeats(t *testing.T) {
 func FuzzOperators(f *testing.F) {
 	f.Add(model.Marshal())
 	f.Add([]byte("\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f"))
-	f.Fuzz(func(_ *testing.T, b []byte) { Operators(b) })
+	f.Fuzz(func(t *testing.T, b []byte) {
+		nodes, size := 0, 0
+		for name, n := range Operators(b) {
+			nodes, size = nodes+n, size+len(name)
+		}
+		if nodes > len(b) || size > len(b) {
+			t.Fatalf("%d nodes with names of %d bytes in a file of %d", nodes, size, len(b))
+		}
+	})
 }

@@ -136,8 +136,25 @@ func FuzzDecode(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		got, err := d.Decode(b)
-		if err == nil && (got.Count == 0 || got.First == 0 || len(got.Records) > MaxRecords) {
+		if err != nil {
+			return
+		}
+		if got.Count == 0 || got.First == 0 || len(got.Records) > MaxRecords {
 			t.Fatalf("accepted %+v", got)
+		}
+		walked, next := uint32(0), got.First
+		err = got.Walk(func(seq uint64, _ Record) bool {
+			if seq != next {
+				t.Fatalf("sequence %d after %d", seq, next-1)
+			}
+			walked, next = walked+1, next+1
+			return true
+		})
+		if err != nil || walked != got.Count {
+			t.Fatalf("%d records of %d: %v", walked, got.Count, err)
+		}
+		if boot, err := BootID(b); err != nil || boot != got.BootID {
+			t.Fatalf("boot %q, want %q: %v", boot, got.BootID, err)
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"math"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -284,11 +285,62 @@ func FuzzDecode(f *testing.F) {
 					t.Fatal(err)
 				}
 			}
+			body, header, err := r.Encode()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again, err := DecodeRequest(body, header); err != nil || !sameTensors(again.Inputs, r.Inputs) || again.ID != r.ID {
+				t.Fatalf("%+v comes out of the binary form as %+v, %v", r, again, err)
+			}
 		}
 		if r, err := FromDevice(body, bearing); err == nil {
 			if err := bearing.Check(r); err != nil {
 				t.Fatal(err)
 			}
+		}
+	})
+}
+
+func sameTensors(a, b []Tensor) bool {
+	return slices.EqualFunc(a, b, func(a, b Tensor) bool {
+		return a.Name == b.Name && a.Datatype == b.Datatype && slices.Equal(a.Shape, b.Shape) && bytes.Equal(a.Data, b.Data)
+	})
+}
+
+// A model server in a pod is foreign code: whatever it answers, a device gets an error or sound JSON, of a size that the answer
+// bounds.
+func FuzzDecodeResponse(f *testing.F) {
+	f.Add([]byte(`{"model_name":"m","outputs":[{"name":"y","shape":[1,2],"datatype":"FP32","data":[1,2.5]}]}`), "")
+	f.Add([]byte(`{"outputs":[{"name":"y","shape":[2],"datatype":"BYTES","parameters":{"binary_data_size":9}}]}\x01\x00\x00\x00\xff\x00\x00\x00\x00`), "90")
+	f.Add([]byte(`{"outputs":[{"name":"y","shape":[0,9223372036854775807],"datatype":"INT8","data":[]}]}`), "")
+	f.Add([]byte(`{"outputs":[{"name":"y","shape":[1,1,1,1,1,1,1,1,1],"datatype":"BOOL","data":[true]}]}`), "")
+	f.Fuzz(func(t *testing.T, body []byte, header string) {
+		r, err := DecodeResponse(body, header)
+		if err != nil {
+			return
+		}
+		d, err := ToDevice(r)
+		if err != nil {
+			return
+		}
+		text, err := json.Marshal(d)
+		if err != nil || !json.Valid(text) {
+			t.Fatalf("%s: %v", text, err)
+		}
+		if len(text) > 100*len(body)+1000 {
+			t.Fatalf("an answer of %d bytes becomes %d", len(body), len(text))
+		}
+		for _, o := range r.Outputs {
+			if err := o.Check(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		binary, length, err := r.Encode(&InferRequest{BinaryOutput: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := DecodeResponse(binary, length); err != nil || !sameTensors(again.Outputs, r.Outputs) {
+			t.Fatalf("%+v comes out of the binary form as %+v, %v", r, again, err)
 		}
 	})
 }
