@@ -13,7 +13,7 @@ LINT     := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.
 
 export LONGSHORE_CACHE ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/longshore
 
-.PHONY: build bin demo demo-kube test soak lint vet generate check-generated cross onnxruntime controlplane tools bench clean help
+.PHONY: build bin demo demo-kube test soak fuzz lint vet generate check-generated cross onnxruntime controlplane tools bench clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +46,9 @@ test: ## every check and test; installs what they need
 
 soak: bin controlplane ## faults under load for DURATION (30m); prints what it costs every minute, and a summary. SEED repeats one
 	@BIN=$(CURDIR)/bin DURATION=$(or $(DURATION),30m) go test -count=1 -timeout 0 ./e2e/fault -run TestSoak
+
+fuzz: ## every fuzz target for FUZZTIME (1m), one after another; TARGET=FuzzName for one
+	@FUZZTIME=$(or $(FUZZTIME),1m) TARGET=$(TARGET) e2e/fuzz.sh
 
 onnxruntime: ## get the ONNX Runtime library (through npm) into the cache
 	@edgehub/worker/get-onnxruntime.sh
