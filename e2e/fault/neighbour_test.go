@@ -152,30 +152,40 @@ func TestG4StuckReaderAndFloodDisturbNobody(t *testing.T) {
 }
 
 // G4: a client with a persistent session is away while more than 8,192 messages come for it. What is kept for it is bounded,
-// what is not is counted, and it gets the oldest ones in order when it is back.
+// what is not is counted, and it gets the oldest ones in order when it is back. Its neighbours notice nothing: one that
+// subscribes to the same gets every message in order, and a device gets its PUBACKs.
 func TestG4BacklogOfAbsentClientIsBoundedAndCounted(t *testing.T) {
 	t.Parallel()
 	s := rigtest.NewSite(t, bin)
-	e := s.Edge("dock-1", "")
+	e := s.Edge("dock-1", rigtest.Readings)
 	s.Start(e)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*rigtest.Soon)
 	defer cancel()
-	subscribe := func(args ...string) string {
+	subscribe := func(client string, args ...string) string {
 		t.Helper()
-		out, err := rigtest.Mosquitto(ctx, t, e.Broker, "mosquitto_sub", append([]string{"-c", "-i", "panel", "-q", "1", "-t", "orders"}, args...)...)
+		out, err := rigtest.Mosquitto(ctx, t, e.Broker, "mosquitto_sub", append([]string{"-c", "-i", client, "-q", "1", "-t", "orders"}, args...)...)
 		if err != nil {
-			t.Fatal(err, out)
+			t.Error(err, out)
 		}
 		return out
 	}
-	subscribe("-E") // subscribes and leaves
+	subscribe("panel", "-E") // subscribes and leaves
+	subscribe("viewer", "-E")
 	const sent = 9000
+	viewed := make(chan string, 1)
+	go func() { viewed <- subscribe("viewer", "-F", "%p", "-C", fmt.Sprint(sent)) }()
 	publishMany(ctx, t, e, "orders", sent)
+	publishNow(t, rigtest.NewNumbers(t, e, "press"), 100)
+	for i, got := range strings.Fields(<-viewed) {
+		if want := fmt.Sprintf("%06d", i); got != want {
+			t.Fatalf("the neighbour got %s instead of %s", got, want)
+		}
+	}
 	dropped := int(metric(t, e.HTTP, "longshore_edge_devices_dropped_total"))
 	if kept := sent - dropped; kept > 8192 || kept < 4096 {
 		t.Errorf("%d of %d messages are kept, %d are counted as dropped", kept, sent, dropped)
 	}
-	got := strings.Fields(subscribe("-F", "%p", "-C", fmt.Sprint(sent-dropped)))
+	got := strings.Fields(subscribe("panel", "-F", "%p", "-C", fmt.Sprint(sent-dropped)))
 	if len(got) != sent-dropped {
 		t.Errorf("the client got %d messages, %d were dropped of %d", len(got), dropped, sent)
 	}

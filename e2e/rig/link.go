@@ -5,7 +5,11 @@ import (
 	"io"
 	"net"
 	"sync"
+	"time"
 )
+
+// inFlight bounds the pieces of at most 32 KiB that are on their way in one direction of a connection.
+const inFlight = 1024
 
 // Link is a TCP relay that can be cut: it stands for the network between an edge and the hub.
 type Link struct {
@@ -22,6 +26,7 @@ type Link struct {
 	bytes  int64
 	// payload of MQTT messages among them.
 	payload int64
+	delay   time.Duration
 }
 
 // NewLink relays to target until Close.
@@ -62,6 +67,13 @@ func (k *Link) Mute(mute bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.mute = mute
+}
+
+// Delay lets every byte take d from now on, in each direction, and loses no throughput by it. Connecting is not delayed.
+func (k *Link) Delay(d time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.delay = d
 }
 
 // Retarget ends every connection; new ones go to another target.
@@ -168,26 +180,52 @@ func (k *Link) relay(down net.Conn) {
 	wg.Wait()
 }
 
-func (k *Link) copy(to io.Writer, from io.Reader, down bool) {
-	b := make([]byte, 32<<10)
+// parcel is what was read at one time, and when it arrives.
+type parcel struct {
+	due  time.Time
+	data []byte
+}
+
+func (k *Link) copy(to, from net.Conn, down bool) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	var payload payload
+	parcels := make(chan parcel, inFlight)
+	defer close(parcels)
+	wg.Go(func() {
+		if err := deliver(to, parcels); err != nil {
+			from.Close() // nobody hears it any more
+		}
+		for range parcels {
+		}
+	})
 	for {
+		b := make([]byte, 32<<10)
 		n, err := from.Read(b)
 		if n > 0 {
 			k.mu.Lock()
 			k.bytes += int64(n)
 			k.payload += payload.take(b[:n])
 			lost := k.mute && down
+			due := time.Now().Add(k.delay)
 			k.mu.Unlock()
-			if lost {
-				continue
-			}
-			if _, err := to.Write(b[:n]); err != nil {
-				return
+			if !lost {
+				parcels <- parcel{due, b[:n]}
 			}
 		}
 		if err != nil {
 			return
 		}
 	}
+}
+
+// deliver writes each parcel when it is due.
+func deliver(to io.Writer, parcels <-chan parcel) error {
+	for p := range parcels {
+		<-time.After(time.Until(p.due))
+		if _, err := to.Write(p.data); err != nil {
+			return err
+		}
+	}
+	return nil
 }

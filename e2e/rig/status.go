@@ -7,11 +7,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/url"
+	"time"
 )
 
 // EdgeStatus is the part of "edgehub status -o json" that is looked at here.
 type EdgeStatus struct {
 	Agent struct{ MemoryBytes uint64 }
+	Clock struct{ Quality string }
 	Link  struct {
 		State, Error string
 		Session      uint64
@@ -128,6 +130,7 @@ type Record struct {
 	Edge, Stream, Epoch, Topic, Clock, Payload string
 	Sequence                                   uint64
 	Historical                                 bool
+	Time                                       time.Time
 }
 
 // Records returns all of a stream's records in the sink.

@@ -1,0 +1,200 @@
+package fault
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/longshore-edge/longshore/e2e/rig"
+	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
+)
+
+// shiftVariable names the file with the seconds by which the edge's wall clock is wrong.
+const shiftVariable = "TEST_CLOCK_SHIFT_FILE"
+
+// shiftSource goes into package time of the edge under test.
+const shiftSource = `package time
+
+import "syscall"
+
+func testShift() (seconds int64) {
+	name, _ := syscall.Getenv("` + shiftVariable + `")
+	fd, err := syscall.Open(name, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	var b [20]byte
+	n, _ := syscall.Read(fd, b[:])
+	_ = syscall.Close(fd)
+	for _, c := range b[:max(n, 0)] {
+		if c >= '0' && c <= '9' {
+			seconds = 10*seconds - int64(c-'0')
+		}
+	}
+	return seconds
+}
+`
+
+// buildShifted builds an edge hub whose wall clock a test can set: its sources are the product's, and Go's own package time
+// adds what the file says to the wall clock (and not to the monotonic one).
+func buildShifted(t *testing.T) rig.Bin {
+	t.Helper()
+	dir := t.TempDir()
+	out, err := exec.CommandContext(t.Context(), "go", "env", "GOROOT").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkg := filepath.Join(strings.TrimSpace(string(out)), "src/time")
+	source, err := os.ReadFile(filepath.Join(pkg, "time.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const read = "sec, nsec, mono := runtimeNow()"
+	if strings.Count(string(source), read) != 1 {
+		t.Fatal("time.Now of this Go reads the clock in another way: adapt this test")
+	}
+	overlay := map[string]string{}
+	for name, text := range map[string]string{"time.go": strings.Replace(string(source), read, read+"\n\tsec += testShift()", 1), "testshift.go": shiftSource} {
+		overlay[filepath.Join(pkg, name)] = filepath.Join(dir, name)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := json.Marshal(map[string]any{"Replace": overlay})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "overlay.json"), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	build := exec.CommandContext(t.Context(), "go", "build", "-overlay", filepath.Join(dir, "overlay.json"), "-o", filepath.Join(dir, "edgehub"), "./edgehub")
+	build.Dir, build.Env = "../..", append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	return rig.Bin(dir)
+}
+
+// G3: a box without a battery comes up in 1970 with no link, twice; the second time it is told the time before the link is
+// there. Readings of the boot that never knew the time arrive in order, in 1970, and say that their time is worth nothing;
+// those of the boot that came to know it have their right time, also the ones taken before. Nothing is too old because the
+// clock jumped by half a century.
+//
+// Real: hub, edge hub and everything it is built of, but for what time.Now says (see buildShifted); the boot id, in a mount
+// namespace of the edge's own. Not real: the monotonic clock goes on over the power cut between the boots, and the edge is built
+// without the race detector, because that would build all it is made of once more.
+func TestG3BootedIn1970(t *testing.T) {
+	t.Parallel()
+	rigtest.NeedRoot(t, "a boot id of its own")
+	unshare := rigtest.Need(t, "unshare")
+	s := rigtest.NewSite(t, bin)
+	s.StartHub()
+	e := s.Edge("dock-1", "streams:\n- {name: readings, topics: [\"sensors/#\"], maxAge: 10m}\n")
+	e.Bin = buildShifted(t)
+	shift := filepath.Join(t.TempDir(), "shift")
+	setClock := func(right bool) {
+		t.Helper()
+		seconds := int64(0)
+		if !right {
+			seconds = time.Now().Unix() - 3600 // 1970-01-01 01:00
+		}
+		err := os.WriteFile(shift+".new", fmt.Append(nil, seconds), 0o600)
+		if err == nil {
+			err = os.Rename(shift+".new", shift)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.Env = []string{shiftVariable + "=" + shift}
+	boot := func(id string) {
+		t.Helper()
+		file := filepath.Join(t.TempDir(), "boot_id")
+		if err := os.WriteFile(file, []byte(id+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := e.Start(t.Context(), unshare, "--mount", "sh", "-c", `mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"`, file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.EndWithTest(e.Process)
+		clockIs(t, e, "unset")
+	}
+	s.Cut("dock-1")
+	setClock(false)
+	boot("11111111-1111-4111-8111-111111111111")
+	n := rigtest.NewNumbers(t, e, "press")
+	publishNow(t, n, 20)
+	e.Kill()
+
+	setClock(false)
+	boot("22222222-2222-4222-8222-222222222222")
+	second := time.Now()
+	publishNow(t, n, 20)
+	setClock(true)
+	clockIs(t, e, "plausible", "synced")
+	publishOver(t, n, 12*time.Second) // the outbox looks for what is too old every 10 s
+	last := time.Now()
+	s.Restore("dock-1")
+	settled(t, s, e)
+	s.CheckRecords("dock-1", n)
+	if sum := account(t, s, "dock-1"); sum.Ledgered > 0 || sum.Duplicates > 0 || sum.Delivered != uint64(n.Count()) {
+		t.Errorf("%d readings were acknowledged; the account: %+v", n.Count(), sum)
+	}
+	records, err := s.Hub.Records(t.Context(), "dock-1", "readings")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before time.Time
+	for i, r := range records {
+		if want := fmt.Sprintf("press-%06d", i+1); !strings.HasPrefix(r.Payload, want) {
+			t.Fatalf("record %d is %q, want %s", i, r.Payload, want)
+		}
+		known := i >= 20
+		switch {
+		case r.Time.Before(before):
+			t.Errorf("%s at %v comes after one at %v", r.Payload, r.Time, before)
+		case !known && (r.Clock != "Unset" || r.Time.Year() != 1970):
+			t.Errorf("%s is of a boot that never knew the time, and says %v, %s", r.Payload, r.Time, r.Clock)
+		case known && (r.Clock == "Unset" || r.Time.Before(second.Add(-time.Second)) || r.Time.After(last.Add(time.Second))):
+			t.Errorf("%s says %v (%s), it was taken between %v and %v", r.Payload, r.Time, r.Clock, second, last)
+		}
+		before = r.Time
+	}
+}
+
+// clockIs waits until the agent thinks so of its clock.
+func clockIs(t *testing.T, e *rig.Edge, qualities ...string) {
+	t.Helper()
+	rigtest.Eventually(t, fmt.Sprintf("the clock is one of %v", qualities), func() error {
+		st, err := e.Status(t.Context())
+		if err != nil {
+			return err
+		}
+		for _, q := range qualities {
+			if st.Clock.Quality == q {
+				return nil
+			}
+		}
+		return fmt.Errorf("it is %q", st.Clock.Quality)
+	})
+}
+
+// publishOver publishes readings for a while.
+func publishOver(t *testing.T, n *rigtest.Numbers, d time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), rigtest.Soon)
+	defer cancel()
+	over := make(chan struct{})
+	timer := time.AfterFunc(d, func() { close(over) })
+	defer timer.Stop()
+	if err := publish(ctx, n, over); err != nil {
+		t.Fatal(err)
+	}
+}
