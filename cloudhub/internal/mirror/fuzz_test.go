@@ -5,10 +5,10 @@ import (
 	"strings"
 	"testing"
 
-	"google.golang.org/protobuf/proto"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	reports "github.com/longshore-edge/longshore/sync/account"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
 
@@ -18,7 +18,7 @@ func FuzzReport(f *testing.F) {
 	add := func(rs ...*longshorepb.Reported) {
 		var payloads [3][]byte
 		for i, r := range rs {
-			b, err := proto.Marshal(r)
+			b, err := reports.Encode(r)
 			if err != nil {
 				f.Fatal(err)
 			}
@@ -38,11 +38,11 @@ func FuzzReport(f *testing.F) {
 		&longshorepb.Reported{Session: 8, Sequence: 10, Reset_: true},
 	)
 	f.Fuzz(func(t *testing.T, a, b, c []byte) {
-		before := EdgeState{
-			Pods:   map[types.UID]*longshorepb.PodReport{"old": {Uid: "old"}},
-			Models: map[string]*longshorepb.ModelReport{"n/old": {Namespace: "n", Name: "old"}},
+		before := account{
+			pods:   map[types.UID]*longshorepb.PodReport{"old": {Uid: "old"}},
+			models: map[string]*longshorepb.ModelReport{"n/old": {Namespace: "n", Name: "old"}},
 		}
-		k := &conn{greeting: &longshorepb.Hello{Session: 7}, account: follow(before, 7)}
+		k := &conn{greeting: &longshorepb.Hello{Session: 7}, account: follow(before, &longshorepb.Hello{Session: 7})}
 		for _, payload := range [][]byte{a, b, c} {
 			was := k.account
 			was.pods, was.models = maps.Clone(was.pods), maps.Clone(was.models)
@@ -75,7 +75,7 @@ func FuzzReport(f *testing.F) {
 				t.Fatalf("model %q: %v", key, m)
 			}
 		}
-		if len(before.Pods) != 1 || len(before.Models) != 1 {
+		if len(before.pods) != 1 || len(before.models) != 1 {
 			t.Fatal("a value that was handed out was changed")
 		}
 	})
