@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/longshore-edge/longshore/cloudhub/internal/enrol"
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 func edgesCommand() *cobra.Command {
@@ -134,7 +135,7 @@ The edge also needs an Edge of that name among the specs (kind: Edge, apiVersion
 }
 
 func enroll(cfg config, edge, output string, replace bool, stdout io.Writer) (err error) {
-	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+	if err := durable.MkdirAll(cfg.Data, 0o700); err != nil {
 		return usagef("make the data folder: %w (name the hub's with --data)", err)
 	}
 	key, err := enrol.SigningKey(cfg.SigningKey)

@@ -21,6 +21,7 @@ import (
 	"github.com/longshore-edge/longshore/cloudhub/internal/intake"
 	"github.com/longshore-edge/longshore/cloudhub/internal/mirror"
 	"github.com/longshore-edge/longshore/cloudhub/internal/modelfile"
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 // grace is how long requests under way may take when the hub is asked to end.
@@ -100,7 +101,7 @@ func (h *hub) open() error {
 	if h.token, err = cfg.apiToken(); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+	if err := durable.MkdirAll(cfg.Data, 0o700); err != nil {
 		return usagef("make the data folder: %w (choose another with --data, or run as a user that may write there)", err)
 	}
 	if h.unlock, err = lockData(cfg.Data); err != nil {

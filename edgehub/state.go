@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 // stateDir is the folder of everything the agent keeps.
@@ -31,7 +33,7 @@ func (d stateDir) open() (*os.File, error) {
 	if n := len(d.socket()); n > maxSocketPath {
 		return nil, fmt.Errorf("state folder %s: its path is too long for a Unix socket (%d of at most %d characters): choose a shorter one", d, n, maxSocketPath)
 	}
-	if err := os.MkdirAll(string(d), 0o700); err != nil {
+	if err := durable.MkdirAll(string(d), 0o700); err != nil {
 		return nil, d.explain(err)
 	}
 	f, err := os.OpenFile(d.lock(), os.O_RDWR|os.O_CREATE, 0o600)

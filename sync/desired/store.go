@@ -18,7 +18,9 @@ import (
 
 	badger "github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
+
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 // Stored is what a Replica needs to know of the store at the start.
@@ -119,7 +121,7 @@ func OpenStore(dir string, log *slog.Logger) (s *Store, moved string, err error)
 }
 
 func openStore(dir string, log *slog.Logger) (_ *Store, err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the state directory %s (choose another or run as a user who may write there): %w", dir, err)
 	}
 	s := &Store{dir: dir, log: log}
@@ -158,7 +160,10 @@ func openBadger(opt badger.Options) (db *badger.DB, err error) {
 			err = fmt.Errorf("%w: %v", errCorrupt, p)
 		}
 	}()
-	if err := checkTables(opt.Dir); err != nil {
+	if err := durable.RepairBadger(opt.Dir); err != nil {
+		return nil, err
+	}
+	if err := checkTables(opt); err != nil {
 		return nil, err
 	}
 	return badger.Open(opt)
@@ -201,6 +206,9 @@ func moveAside(dir string) (string, error) {
 	}
 	moved := dir + ".corrupt-" + time.Now().UTC().Format("20060102T150405.000000")
 	if err := os.Rename(dir, moved); err != nil {
+		return "", err
+	}
+	if err := durable.SyncDir(filepath.Dir(dir)); err != nil {
 		return "", err
 	}
 	for _, o := range old {

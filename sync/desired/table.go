@@ -4,22 +4,35 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
+	badger "github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/pb"
+	"github.com/dgraph-io/badger/v4/table"
 	"github.com/dgraph-io/badger/v4/y"
 	"google.golang.org/protobuf/proto"
 )
 
-// checkTables verifies the index of every table file before Badger opens it: Badger would panic in a goroutine of its own
-// over a damaged one, and take the agent down at every start. Blocks it checks itself.
-func checkTables(dir string) error {
-	files, err := filepath.Glob(filepath.Join(dir, "*.sst"))
-	if err != nil {
-		return err
+// checkTables verifies the index of every table before Badger opens it: Badger would panic in a goroutine of its own over a
+// damaged one, and take the agent down at every start. Blocks it checks itself. Files that the manifest does not name were being
+// written or removed when the power was cut; Badger removes them.
+func checkTables(opt badger.Options) error {
+	manifest, err := os.Open(filepath.Join(opt.Dir, badger.ManifestFilename))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	for _, f := range files {
+	if err != nil {
+		return fmt.Errorf("open manifest: %w", err)
+	}
+	defer func() { _ = manifest.Close() }()
+	m, _, err := badger.ReplayManifestFile(manifest, opt.ExternalMagicVersion, opt)
+	if err != nil {
+		return fmt.Errorf("%w: manifest: %w", errCorrupt, err)
+	}
+	for id := range m.Tables {
+		f := table.NewFilename(id, opt.Dir)
 		data, err := os.ReadFile(f) // a table has about 1 MiB
 		if err != nil {
 			return fmt.Errorf("read table: %w", err)

@@ -12,6 +12,8 @@ import (
 	"os"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 // SigningKey reads the hub's Ed25519 key from a PEM file (PKCS #8), or makes one there. Edges believe only heads signed by a
@@ -65,7 +67,7 @@ func makeKey(path string) (ed25519.PrivateKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make signing key: %w", err)
 	}
-	if err := writeFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})); err != nil {
+	if err := durable.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})); err != nil {
 		return nil, fmt.Errorf("write signing key: %w", err)
 	}
 	return private, nil

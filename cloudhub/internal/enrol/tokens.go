@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/longshore-edge/longshore/broker"
+	"github.com/longshore-edge/longshore/sync/durable"
 	"github.com/longshore-edge/longshore/sync/topic"
 )
 
@@ -274,7 +275,7 @@ func Enroll(path, edge string, replace bool) (token string, err error) {
 	hash := sha256.Sum256(raw)
 	lines = append(lines, edge+" "+hex.EncodeToString(hash[:]))
 	text := strings.TrimLeft(strings.Join(lines, "\n")+"\n", "\n")
-	if err := writeFile(path, []byte(text)); err != nil {
+	if err := durable.WriteFile(path, []byte(text)); err != nil {
 		return "", fmt.Errorf("write token file: %w", err)
 	}
 	return base64.RawURLEncoding.EncodeToString(raw), nil
@@ -291,21 +292,4 @@ func lockFile(path string) (unlock func(), err error) {
 		return nil, err
 	}
 	return func() { f.Close() }, nil
-}
-
-// writeFile replaces a file of mode 0600, so that a power cut leaves the old or the new content.
-func writeFile(path string, content []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	_, err = tmp.Write(content)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if err = errors.Join(err, tmp.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp.Name(), path)
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/durable"
 	"github.com/longshore-edge/longshore/sync/frame"
 )
 
@@ -117,8 +118,11 @@ func Open(cfg Config) (*Intake, error) {
 	if i.encoder, err = frame.NewEncoder(); err != nil {
 		return nil, fmt.Errorf("open telemetry store: %w", err)
 	}
-	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+	if err := durable.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open telemetry store: %w (choose a data folder that this user may write to)", err)
+	}
+	if err := durable.RepairBadger(cfg.Dir); err != nil {
+		return nil, fmt.Errorf("open telemetry store: %w", err)
 	}
 	// Frames are compressed already, so Badger does not; then it needs no block cache. All values stand in the tables, none in
 	// the value log: what retention deletes there would come back to the disk only after the tables have been compacted too.

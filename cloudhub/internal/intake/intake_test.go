@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -281,4 +282,16 @@ func TestOpenErrorsSayWhatToDo(t *testing.T) {
 	if _, err := Open(Config{Dir: t.TempDir(), MaxBytes: -1}); err == nil {
 		t.Error("negative retention accepted")
 	}
+}
+
+// G3 and G6: a power cut or a kill may leave a log of Badger without a byte. The hub must start with it.
+func TestUnfinishedFiles(t *testing.T) {
+	dir := t.TempDir()
+	openStore(t, Config{Dir: dir}).stop()
+	for _, name := range []string{"00077.mem", "000077.vlog", "000077.sst"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	openStore(t, Config{Dir: dir}).stop()
 }

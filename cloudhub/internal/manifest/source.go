@@ -24,6 +24,7 @@ import (
 	"github.com/longshore-edge/longshore/cloudhub/internal/api/v1alpha1"
 	"github.com/longshore-edge/longshore/cloudhub/internal/mirror"
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 const (
@@ -77,7 +78,7 @@ func New(cfg Config) (*Source, error) {
 	if st, err := os.Stat(cfg.Dir); err != nil || !st.IsDir() {
 		return nil, fmt.Errorf("the folder of manifests %q cannot be read: make it, or name another with --manifests (%w)", cfg.Dir, notDir(err))
 	}
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+	if err := durable.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make data folder: %w", err)
 	}
 	s := &Source{cfg: cfg, loaded: make(chan struct{}), files: map[string]file{}, current: map[ref]object{}}
@@ -104,7 +105,7 @@ func clusterUID(path string) (string, error) {
 		return "", fmt.Errorf("read cluster UID: %w", err)
 	}
 	id := string(uid("cluster", rand.Text()))
-	return id, writeFile(path, []byte(id+"\n"))
+	return id, durable.WriteFile(path, []byte(id+"\n"))
 }
 
 // ClusterUID names this folder's "cluster"; it is made once and kept in the data folder.
@@ -394,7 +395,7 @@ func (s *Source) keep() error {
 	if old, err := os.ReadFile(s.goodPath()); err == nil && bytes.Equal(old, b) {
 		return nil
 	}
-	return writeFile(s.goodPath(), b)
+	return durable.WriteFile(s.goodPath(), b)
 }
 
 // restore reads what keep wrote. Files that are gone by the first scan are forgotten there.
@@ -416,21 +417,4 @@ func (s *Source) restore() error {
 		}
 	}
 	return nil
-}
-
-// writeFile replaces a file so that a power cut leaves the old or the new content.
-func writeFile(path string, content []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	_, err = tmp.Write(content)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if err := errors.Join(err, tmp.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp.Name(), path)
 }

@@ -16,6 +16,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 // stallAfter is how long a source may send nothing before the try ends.
@@ -154,7 +156,7 @@ func (s *Store) fromHTTP(ctx context.Context, src Source, hexa string, progress 
 	if err := os.Rename(part, final); err != nil {
 		return nil, fmt.Errorf("name model file: %w", err)
 	}
-	if err := syncDir(s.cfg.CacheDir); err != nil {
+	if err := durable.SyncDir(s.cfg.CacheDir); err != nil {
 		return nil, fmt.Errorf("sync model cache: %w", err)
 	}
 	st, err := os.Stat(final)
@@ -317,14 +319,6 @@ func (s *Store) makeRoom(part string, size int64) error {
 		return fail(ReasonCacheFull, "the file needs %d bytes and other wanted files %d, the hub's model cache has %d", size, used, s.cfg.MaxBytes)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // readerFunc is a reader made of its one method.

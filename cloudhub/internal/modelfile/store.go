@@ -15,6 +15,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/longshore-edge/longshore/sync/durable"
 )
 
 // Reasons why a file is not ready, as Status has them.
@@ -122,7 +124,7 @@ func New(cfg Config) (*Store, error) {
 	if cfg.CacheDir == "" {
 		return nil, errors.New("model files: no cache folder configured")
 	}
-	if err := os.MkdirAll(cfg.CacheDir, 0o750); err != nil {
+	if err := durable.MkdirAll(cfg.CacheDir, 0o750); err != nil {
 		return nil, fmt.Errorf("make the model cache (give a folder this user may write to): %w", err)
 	}
 	s := &Store{
