@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strings"
 
 	"github.com/longshore-edge/longshore/edgehub/internal/oip"
@@ -73,9 +72,7 @@ func (m *Manager) pass(suffix string) http.HandlerFunc {
 			return
 		}
 		defer worker.release()
-		inner := *r
-		inner.URL = &url.URL{Path: "/v2/models/" + worker.unit.name + suffix}
-		worker.proxy.ServeHTTP(w, &inner)
+		worker.relay.serve(w, r, suffix)
 	}
 }
 

@@ -7,11 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httputil"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,11 +26,6 @@ import (
 )
 
 const (
-	// doorConnections bounds requests of the front door under way in one worker; others wait. The worker takes 16, and
-	// bindings send one at a time.
-	doorConnections = 15
-	// keepAlive of idle connections, shorter than the worker's.
-	keepAlive = 30 * time.Second
 	// oomScore makes the kernel end a worker before the agent when memory runs out.
 	oomScore = "500"
 	// maxAnswer bounds what the manager itself reads of an answer of a worker.
@@ -46,11 +39,9 @@ type worker struct {
 	log    *slog.Logger
 	socket string
 	pid    int
-	client *http.Client
-	proxy  *httputil.ReverseProxy
-	// closeIdle closes connections that are not in use.
-	closeIdle func()
-	count     *counters
+	client *http.Client // of bindings and probes, which don't wait behind the front door
+	relay  *relay       // of the front door
+	count  *counters
 
 	ready  chan struct{} // closed when the worker said that it is ready
 	exited chan struct{} // closed when the process is reaped
@@ -91,7 +82,14 @@ func (m *Manager) startWorker(u unit, count *counters) (*worker, error) {
 		log:   m.log.With("model", u.namespace+"/"+u.name, "version", u.version),
 		ready: make(chan struct{}), exited: make(chan struct{}), hung: make(chan struct{}, 1), idle: make(chan struct{}),
 	}
-	w.connect(&m.buffers)
+	dialer := &net.Dialer{}
+	w.client = &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", socket)
+		},
+		IdleConnTimeout: keepAlive, DisableCompression: true,
+	}}
+	w.relay = newRelay(w, &m.buffers)
 	args := []string{
 		"--model", m.files.path(u.digest), "--format", "onnx", "--name", u.name, "--version", u.version, "--socket", socket,
 		"--engine", u.engine, "--memory-limit", strconv.FormatInt(u.memory, 10), "--threads", "1",
@@ -143,61 +141,6 @@ func workerEnv() []string {
 	}
 	return env
 }
-
-// connect prepares the connections to the socket.
-func (w *worker) connect(buffers *bufferPool) {
-	dialer := &net.Dialer{}
-	transport := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "unix", w.socket)
-		},
-		MaxConnsPerHost: doorConnections, MaxIdleConnsPerHost: doorConnections,
-		IdleConnTimeout: keepAlive, DisableCompression: true,
-	}
-	// Bindings and probes don't wait behind the front door.
-	w.client = &http.Client{Transport: &http.Transport{DialContext: transport.DialContext, IdleConnTimeout: keepAlive, DisableCompression: true}}
-	w.closeIdle = func() {
-		transport.CloseIdleConnections()
-		w.client.CloseIdleConnections()
-	}
-	w.proxy = &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "worker", "worker"
-		},
-		Transport:  transport,
-		BufferPool: buffers,
-		ModifyResponse: func(r *http.Response) error {
-			if r.Request.Method == http.MethodPost {
-				w.count.answered(r.StatusCode)
-			}
-			return nil
-		},
-		ErrorHandler: func(rw http.ResponseWriter, r *http.Request, err error) {
-			if r.Method == http.MethodPost {
-				w.count.errors.Add(1)
-			}
-			if errors.Is(err, context.Canceled) {
-				return // the client is gone
-			}
-			w.log.Warn("worker did not answer", "error", err)
-			rw.Header().Set("Retry-After", "1")
-			writeError(rw, http.StatusServiceUnavailable, "the worker of this model failed during the request: "+err.Error())
-		},
-		ErrorLog: log.New(io.Discard, "", 0),
-	}
-}
-
-// bufferPool is shared by all workers' proxies.
-type bufferPool struct{ pool sync.Pool }
-
-func (p *bufferPool) Get() []byte {
-	if b, ok := p.pool.Get().(*[]byte); ok {
-		return *b
-	}
-	return make([]byte, 32<<10)
-}
-
-func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
 // statement takes a line of stdout.
 func (w *worker) statement(line []byte) {
@@ -292,7 +235,8 @@ func (w *worker) stop(grace time.Duration) {
 		w.log.Warn("kill worker", "pid", w.pid, "error", err)
 	}
 	<-w.exited
-	w.closeIdle()
+	w.client.CloseIdleConnections()
+	w.relay.end()
 	if err := os.Remove(w.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		w.log.Debug("remove socket of worker", "error", err)
 	}
