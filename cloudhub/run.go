@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -57,12 +58,21 @@ Every flag can also be set in the environment (--log-level is LONGSHORE_LOG_LEVE
 				return err
 			}
 			defer h.close()
+			limitGarbage()
 			return h.run(cmd.Context())
 		},
 	}
 	cmd.Flags().AddFlagSet(settings)
 	cmd.Flags().StringVar(&file, "config", "", "YAML `file` with the flags below as keys (environment "+configVariable+")")
 	return cmd
+}
+
+// limitGarbage lets half as much garbage gather as Go does by itself, unless the environment says how much may (GOGC): taking
+// in a backlog makes mostly garbage, and a hub has time to collect it.
+func limitGarbage() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
 }
 
 // hub is a cloud hub put together.

@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
-	"github.com/dgraph-io/badger/v4/options"
+	compression "github.com/dgraph-io/badger/v4/options"
 	"golang.org/x/sys/unix"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
@@ -42,10 +42,20 @@ var ErrBusy = errors.New("too much telemetry waits to be stored")
 var ErrClosed = errors.New("telemetry store is closed")
 
 const (
-	// groupBytes and groupUnits bound what one transaction holds; shareBytes what one edge has of it.
-	groupBytes = 768 << 10
+	// groupBytes and groupUnits bound what one transaction holds, which Badger bounds at 15% of memTable; shareBytes bounds what
+	// an edge adds to it in one turn.
+	groupBytes = 512 << 10
 	groupUnits = 1000
-	shareBytes = 256 << 10
+	shareBytes = 128 << 10
+	// memTable is what Badger gathers before it writes a table.
+	memTable = 4 << 20
+	// blockSize is that of the tables: smaller blocks than frames cost compaction three times its memory.
+	blockSize = 64 << 10
+	// minTable and maxTable bound tables in bytes. Compaction holds some 13 at a time in memory.
+	minTable = 1 << 20
+	maxTable = 8 << 20
+	// maxTables are about as many as a store may have: each is a mapping and an open file.
+	maxTables = 4096
 	// retryFirst and retryMax are the pauses after a commit that failed.
 	retryFirst = 500 * time.Millisecond
 	retryMax   = 30 * time.Second
@@ -124,13 +134,7 @@ func Open(cfg Config) (*Intake, error) {
 	if err := durable.RepairBadger(cfg.Dir); err != nil {
 		return nil, fmt.Errorf("open telemetry store: %w", err)
 	}
-	// Frames are compressed already, so Badger does not; then it needs no block cache. All values stand in the tables, none in
-	// the value log: what retention deletes there would come back to the disk only after the tables have been compacted too.
-	o := badger.DefaultOptions(cfg.Dir).WithLogger(badgerLog{cfg.Logger}).WithSyncWrites(true).WithDetectConflicts(false).
-		WithMemTableSize(8 << 20).WithNumMemtables(2).WithNumLevelZeroTables(2).WithNumLevelZeroTablesStall(6).WithNumCompactors(2).
-		WithValueThreshold(1 << 20).WithValueLogFileSize(1 << 20).WithCompression(options.None).WithBlockCacheSize(0).
-		WithIndexCacheSize(16 << 20).WithMetricsEnabled(false)
-	if i.db, err = badger.Open(o); err != nil {
+	if i.db, err = badger.Open(options(cfg)); err != nil {
 		return nil, openError(cfg.Dir, err)
 	}
 	if i.decoder, err = frame.NewDecoder(); err == nil {
@@ -140,6 +144,19 @@ func Open(cfg Config) (*Intake, error) {
 		return nil, errors.Join(fmt.Errorf("open telemetry store: %w", err), i.Close())
 	}
 	return i, nil
+}
+
+// options of Badger, for little memory: all tables have one size, and few are built at a time.
+func options(cfg Config) badger.Options {
+	// Frames are compressed already, so Badger does not; then it needs no block cache. All values stand in the tables, none in
+	// the value log: what retention deletes there would come back to the disk only after the tables have been compacted too.
+	o := badger.DefaultOptions(cfg.Dir).WithLogger(badgerLog{cfg.Logger}).WithSyncWrites(true).WithDetectConflicts(false).
+		WithMemTableSize(memTable).WithNumMemtables(1).WithNumLevelZeroTables(2).WithNumLevelZeroTablesStall(6).WithNumCompactors(2).
+		WithBaseTableSize(min(max(cfg.MaxBytes/maxTables, minTable), maxTable)).WithBlockSize(blockSize).
+		WithValueThreshold(512 << 10).WithValueLogFileSize(1 << 20).WithCompression(compression.None).WithBlockCacheSize(0).
+		WithIndexCacheSize(16 << 20).WithMetricsEnabled(false)
+	o.TableSizeMultiplier = 1
+	return o
 }
 
 func openError(dir string, err error) error {
@@ -231,24 +248,26 @@ func (i *Intake) flush() error {
 	}
 }
 
-// gather takes the next group from the queues: each edge has its turn, and a share of the group.
+// gather takes the next group from the queues: edges take turns, and a share of the group in each.
 func (i *Intake) gather() (group []*unit) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var size int64
-	for turns := len(i.busy); turns > 0 && size < groupBytes && len(group) < groupUnits; turns-- {
+	fits := func(e *edge) bool {
+		return len(e.queue) > 0 && len(group) < groupUnits && (len(group) == 0 || size+e.queue[0].cost <= groupBytes)
+	}
+	for len(i.busy) > 0 && fits(i.busy[0]) {
 		e := i.busy[0]
 		i.busy = i.busy[1:]
-		n, share := 0, int64(0)
-		for n < len(e.queue) && share < shareBytes && len(group) < groupUnits {
-			group = append(group, e.queue[n])
-			share += e.queue[n].cost
-			n++
+		for share := int64(0); share < shareBytes && fits(e); {
+			u := e.queue[0]
+			e.queue[0] = nil
+			e.queue = e.queue[1:]
+			e.queued -= u.cost
+			group = append(group, u)
+			share += u.cost
+			size += u.cost
 		}
-		clear(e.queue[:n])
-		e.queue = e.queue[n:]
-		e.queued -= share
-		size += share
 		if len(e.queue) > 0 {
 			i.busy = append(i.busy, e)
 		}

@@ -61,9 +61,7 @@ func (i *Intake) retain(ctx context.Context) error {
 // deleteOldest deletes what the oldest transaction wrote, if it is older than before or the store too large. It returns the
 // bytes deleted.
 func (i *Intake) deleteOldest(before int64) (size int64, err error) {
-	txn := i.db.NewTransaction(true)
-	defer txn.Discard()
-	key, list, err := oldest(txn)
+	key, list, err := i.oldest()
 	if err != nil || key == nil {
 		return 0, err
 	}
@@ -74,15 +72,20 @@ func (i *Intake) deleteOldest(before int64) (size int64, err error) {
 	if at >= before && i.stored <= i.cfg.MaxBytes {
 		return 0, nil
 	}
+	// As many transactions as it needs, in this order: the list goes last.
+	batch := i.db.NewWriteBatch()
+	defer batch.Cancel()
 	for _, k := range append(list, key) {
-		if err := txn.Delete(k); err != nil {
+		if err := batch.Delete(k); err != nil {
 			return 0, err
 		}
 	}
-	return size, txn.Commit()
+	return size, batch.Flush()
 }
 
-func oldest(txn *badger.Txn) (key []byte, list [][]byte, err error) {
+func (i *Intake) oldest() (key []byte, list [][]byte, err error) {
+	txn := i.db.NewTransaction(false)
+	defer txn.Discard()
 	it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyTime}})
 	defer it.Close()
 	if it.Rewind(); !it.Valid() {
