@@ -3,13 +3,16 @@ package manifest
 import (
 	"bytes"
 	"crypto/sha256"
+	stdjson "encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"regexp"
 	"strconv"
 	"strings"
 
+	yamlv2 "go.yaml.in/yaml/v2"
 	"go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -43,7 +46,7 @@ func (r ref) String() string {
 // object is one document of a file: a pointer to an Edge, Model, Pod, ConfigMap or Secret.
 type object struct {
 	ref
-	line  int
+	line  int // only parseLines knows it
 	value metav1.Object
 }
 
@@ -55,6 +58,65 @@ func parse(file string, content []byte) ([]object, []Problem) {
 	if len(content) > maxFile {
 		return nil, []Problem{{file, 1, fmt.Sprintf("the file has %d bytes, at most %d are read", len(content), maxFile)}}
 	}
+	if objects, ok := parseGood(content); ok {
+		return objects, nil
+	}
+	return parseLines(file, content)
+}
+
+// parseGood reads a file of which nothing has to be explained: it knows no lines, and is three times as fast for it.
+func parseGood(content []byte) ([]object, bool) {
+	var objects []object
+	dec := yamlv2.NewDecoder(bytes.NewReader(content))
+	dec.SetStrict(true)
+	for {
+		var doc any
+		err := dec.Decode(&doc)
+		if errors.Is(err, io.EOF) {
+			return objects, true
+		}
+		if err != nil {
+			return nil, false
+		}
+		if doc == nil {
+			continue
+		}
+		js, err := stdjson.Marshal(jsonable(doc))
+		if err != nil {
+			return nil, false
+		}
+		o, faults := decode(js)
+		if len(faults) > 0 {
+			return nil, false
+		}
+		objects = append(objects, o)
+	}
+}
+
+// jsonable makes the keys of all maps in v strings, as JSON has them. Of those that sigs.k8s.io/yaml takes it leaves out all but
+// strings: a file with others is read by parseLines.
+func jsonable(v any) any {
+	switch v := v.(type) {
+	case map[any]any:
+		m := make(map[string]any, len(v))
+		for k, e := range v {
+			s, ok := k.(string)
+			if !ok {
+				return math.NaN() // has no JSON
+			}
+			m[s] = jsonable(e)
+		}
+		return m
+	case []any:
+		for i, e := range v {
+			v[i] = jsonable(e)
+		}
+	}
+	return v
+}
+
+// parseLines reads a file so that every problem has a line.
+func parseLines(file string, content []byte) ([]object, []Problem) {
 	var objects []object
 	var problems []Problem
 	dec := yaml.NewDecoder(bytes.NewReader(content))
@@ -117,28 +179,45 @@ func parseDocument(file string, n *yaml.Node) (object, []Problem) {
 	if err != nil {
 		return fail(n.Line, "malformed YAML: %v", err)
 	}
+	o, faults := decode(js)
+	o.line = n.Line
+	var problems []Problem
+	for _, f := range faults {
+		problems = append(problems, Problem{file, lineOf(n, f.path), f.reason})
+	}
+	return o, problems
+}
+
+// fault is what is wrong with the field at a path of a document; the path may be empty.
+type fault struct{ path, reason string }
+
+// decode makes an object of a document.
+func decode(js []byte) (object, []fault) {
+	fail := func(path, format string, args ...any) (object, []fault) {
+		return object{}, []fault{{path, fmt.Sprintf(format, args...)}}
+	}
 	var tm metav1.TypeMeta
 	if err := json.UnmarshalCaseSensitivePreserveInts(js, &tm); err != nil {
-		return fail(n.Line, "apiVersion and kind must be strings")
+		return fail("", "apiVersion and kind must be strings")
 	}
 	construct, ok := kinds[tm]
 	if !ok {
-		return fail(lineOf(n, "kind"), "%s %q is not a kind this folder may hold (Pod, ConfigMap and Secret of v1; Edge and Model of longshore.dev/v1alpha1)", tm.APIVersion, tm.Kind)
+		return fail("kind", "%s %q is not a kind this folder may hold (Pod, ConfigMap and Secret of v1; Edge and Model of longshore.dev/v1alpha1)", tm.APIVersion, tm.Kind)
 	}
-	o := object{line: n.Line, value: construct()}
+	o := object{value: construct()}
 	strict, err := json.UnmarshalStrict(js, o.value)
 	if err != nil {
-		return fail(n.Line, "%s: %v", tm.Kind, err)
+		return fail("", "%s: %v", tm.Kind, err)
 	}
 	if len(strict) > 0 {
-		var problems []Problem
+		var faults []fault
 		for _, e := range strict {
-			problems = append(problems, Problem{file, lineOf(n, fieldPath(e.Error())), fmt.Sprintf("%s: %v", tm.Kind, e)})
+			faults = append(faults, fault{fieldPath(e.Error()), fmt.Sprintf("%s: %v", tm.Kind, e)})
 		}
-		return object{}, problems
+		return object{}, faults
 	}
 	if path, err := complete(o.value); err != nil {
-		return fail(lineOf(n, path), "%s: %v", tm.Kind, err)
+		return fail(path, "%s: %v", tm.Kind, err)
 	}
 	o.ref = ref{tm.Kind, o.value.GetNamespace(), o.value.GetName()}
 	return o, nil
@@ -154,6 +233,14 @@ func fieldPath(msg string) string {
 }
 
 var pathStep = regexp.MustCompile(`[^.\[\]]+|\[\d+\]`)
+
+// lineOfObject returns the line of object n of a file that is good.
+func lineOfObject(file string, content []byte, n int) int {
+	if objects, _ := parseLines(file, content); n < len(objects) {
+		return objects[n].line
+	}
+	return 1
+}
 
 // lineOf returns the line of the field at a path like spec.containers[0].image, or of the nearest part of it that exists.
 func lineOf(n *yaml.Node, path string) int {

@@ -1,6 +1,7 @@
 package manifest
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 
@@ -130,6 +131,36 @@ func TestPodUIDIsItsHash(t *testing.T) {
 	if a[0].value.GetUID() == c[0].value.GetUID() {
 		t.Error("a changed pod kept its UID")
 	}
+}
+
+// How fast a file is read must not decide what it says: what parseGood takes, parseLines takes as the same.
+func FuzzParseGoodAgrees(f *testing.F) {
+	for _, s := range []string{
+		goodPod, goodModel, goodPod + "---\n" + goodModel + "...\n---\n# nothing\n---\n" + goodPod, "%YAML 1.1\n---\n" + goodPod,
+		goodPod + "--- {apiVersion: v1, kind: Secret, metadata: {name: s}, stringData: {a: yes, b: 'yes', 1: 010}}\n",
+		"{apiVersion: v1, kind: ConfigMap, metadata: {name: s}}\n{apiVersion: v1, kind: ConfigMap, metadata: {name: t}}\n",
+		"apiVersion: v1\nkind: ConfigMap\nmetadata: &m {name: s, labels: {<<: {a: b}}}\ndata: {a: !!str 1, b: \"2026-01-01\", c: |\n  x\n   y\n\n, d: *m}\n",
+		"apiVersion: v1\r\nkind: ConfigMap\r\nmetadata:\r\n  name: s\r\nbinaryData:\r\n  a: !!binary YQ==\r\ndata:\r\n  b: >-\r\n    a\r\n    b\r\n",
+		strings.Replace(goodPod, "image:", "stdin: on\n    image:", 1), strings.Replace(goodPod, "nginx:1.27", "1:30", 1),
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		fast, ok := parseGood(b)
+		if !ok {
+			return
+		}
+		slow, problems := parseLines("f.yaml", b)
+		if len(problems) > 0 || len(fast) != len(slow) {
+			t.Fatalf("%d objects; by line %d and %v", len(fast), len(slow), problems)
+		}
+		for i := range slow {
+			slow[i].line = 0
+			if !reflect.DeepEqual(fast[i], slow[i]) {
+				t.Fatalf("object %d is %+v; by line %+v", i, fast[i], slow[i])
+			}
+		}
+	})
 }
 
 // Whatever stands in a file, reading it must not end the hub.

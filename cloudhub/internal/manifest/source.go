@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -32,6 +33,8 @@ const (
 	settle = 50 * time.Millisecond
 	// rescan finds what no notification told of, such as changes on network file systems.
 	rescan = 10 * time.Second
+	// resolution of the times of files, at least: FAT has 2 s.
+	resolution = 3 * time.Second
 )
 
 // Config of a Source.
@@ -63,6 +66,28 @@ type Source struct {
 type entry struct {
 	content []byte
 	problem string
+	stamp   stamp // of the content; zero: read it again next time
+}
+
+// stamp tells whether a file is still the one that was read.
+type stamp struct {
+	device, inode     uint64
+	size              int64
+	modified, changed int64 // nanoseconds
+}
+
+// stampOf returns the zero stamp for a file that changed so shortly before now that it may change again within the resolution of
+// its times.
+func stampOf(st fs.FileInfo, now time.Time) stamp {
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		return stamp{}
+	}
+	s := stamp{uint64(sys.Dev), sys.Ino, sys.Size, sys.Mtim.Nano(), sys.Ctim.Nano()} //nolint:unconvert // the types differ between architectures
+	if max(s.modified, s.changed) > now.Add(-resolution).UnixNano() {
+		return stamp{}
+	}
+	return s
 }
 
 // file is one file of the folder.
@@ -205,6 +230,8 @@ func (s *Source) scan(w *fsnotify.Watcher) {
 	for name, e := range entries {
 		old, known := s.files[name]
 		if known && old.problem == e.problem && old.content != nil && bytes.Equal(old.content, e.content) {
+			old.entry = e
+			s.files[name] = old
 			continue
 		}
 		changed = true
@@ -256,7 +283,7 @@ func (s *Source) read(w *fsnotify.Watcher) (map[string]entry, error) {
 		if err != nil {
 			return err
 		}
-		if e, ok := readEntry(path); ok {
+		if e, ok := readEntry(path, s.files[rel].entry, time.Now()); ok {
 			entries[rel] = e
 		}
 		return nil
@@ -268,13 +295,13 @@ func (s *Source) read(w *fsnotify.Watcher) (map[string]entry, error) {
 func (s *Source) keepBelow(folder string, err error, entries map[string]entry) {
 	for name := range s.files {
 		if strings.HasPrefix(filepath.Join(s.cfg.Dir, name), folder+string(filepath.Separator)) {
-			entries[name] = entry{[]byte{}, fmt.Sprintf("its folder cannot be read: %v", err)}
+			entries[name] = entry{content: []byte{}, problem: fmt.Sprintf("its folder cannot be read: %v", err)}
 		}
 	}
 }
 
-// readEntry reads one file; ok is false if there is none (any more).
-func readEntry(path string) (e entry, ok bool) {
+// readEntry reads one file, unless it is still the known one; ok is false if there is none (any more).
+func readEntry(path string, known entry, now time.Time) (e entry, ok bool) {
 	e.content = []byte{}
 	st, err := os.Stat(path) // follows links, as those of a mounted ConfigMap
 	switch {
@@ -288,10 +315,13 @@ func readEntry(path string) (e entry, ok bool) {
 		e.problem = fmt.Sprintf("the file has %d bytes, at most %d are read", st.Size(), maxFile)
 		return e, true
 	default:
+		if e.stamp = stampOf(st, now); e.stamp != (stamp{}) && e.stamp == known.stamp {
+			return known, true
+		}
 		e.content, err = os.ReadFile(path)
 	}
 	if err != nil {
-		e.problem = fmt.Sprintf("the file cannot be read: %v", err)
+		e.problem, e.stamp = fmt.Sprintf("the file cannot be read: %v", err), stamp{}
 	}
 	return e, !errors.Is(err, fs.ErrNotExist)
 }
@@ -305,9 +335,9 @@ func (s *Source) apply() {
 	for _, name := range names {
 		f := s.files[name]
 		problems = append(problems, f.problems...)
-		for _, o := range f.objects {
+		for n, o := range f.objects {
 			if other, taken := from[o.ref]; taken {
-				problems = append(problems, Problem{name, o.line, fmt.Sprintf("%s is also in %s, which holds", o.ref, other)})
+				problems = append(problems, Problem{name, lineOfObject(name, f.good, n), fmt.Sprintf("%s is also in %s, which holds", o.ref, other)})
 				continue
 			}
 			want[o.ref], from[o.ref] = o, name

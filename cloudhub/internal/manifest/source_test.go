@@ -19,14 +19,14 @@ import (
 
 // folder is a running source on a folder, and the view of one edge.
 type folder struct {
-	t         *testing.T
+	t         testing.TB
 	dir, data string
 	source    *Source
 	view      *mirror.View
 	stop      func()
 }
 
-func start(t *testing.T, dir, data string) *folder {
+func start(t testing.TB, dir, data string) *folder {
 	t.Helper()
 	cache := mirror.NewCache()
 	s, err := New(Config{Logger: slog.New(slog.DiscardHandler), Dir: dir, DataDir: data, Cache: cache})
@@ -156,6 +156,36 @@ func TestLastGoodContentOutlivesARestart(t *testing.T) {
 	}
 	if uid2, _ := f.source.ClusterUID(t.Context()); uid1 == "" || uid1 != uid2 {
 		t.Errorf("the cluster's UID changed from %q to %q", uid1, uid2)
+	}
+}
+
+// A folder of ten thousand files must not be read anew for each change; but an edit that leaves size and time as they were, or
+// follows a read at once, must not be overlooked.
+func TestOnlyChangedFilesAreReadAgain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.yaml")
+	write := func(text string, at time.Time) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hourAgo := time.Now().Add(-time.Hour)
+	write("a: 1", hourAgo)
+	if e, _ := readEntry(path, entry{}, time.Now()); string(e.content) != "a: 1" || e.stamp != (stamp{}) {
+		t.Fatalf("read %q; a file that changed just now has the stamp %v", e.content, e.stamp)
+	}
+	later := time.Now().Add(time.Minute)
+	known, _ := readEntry(path, entry{}, later)
+	known.content = []byte("known")
+	if e, _ := readEntry(path, known, later); string(e.content) != "known" {
+		t.Error("a file that rests is read again")
+	}
+	write("a: 2", hourAgo) // the same size and time, as rsync may leave them
+	if e, _ := readEntry(path, known, later); string(e.content) != "a: 2" {
+		t.Errorf("read %q", e.content)
 	}
 }
 
