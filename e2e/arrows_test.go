@@ -19,6 +19,7 @@ var layers = map[string][]string{
 	"proto/longshorepb": {},
 	"proto/onnxfile":    {},
 	"sync/topic":        {},
+	"sync/space":        {},
 	"sync":              {"proto", "sync"},
 	"broker":            {"proto", "sync", "broker"},
 	"broker/mqttconn":   {"proto", "sync"},

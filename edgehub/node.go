@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 // maxPods is what the edge tells the scheduler it takes, Kubernetes' own default for a node.
@@ -56,9 +57,9 @@ func osImage() string {
 
 // diskOf returns size and free bytes of the file system that holds dir; zeros if it cannot be read.
 func diskOf(dir string) (size, free uint64) {
-	var s unix.Statfs_t
-	if err := unix.Statfs(dir, &s); err != nil {
+	f, s, err := space.Of(dir)
+	if err != nil {
 		return 0, 0
 	}
-	return s.Blocks * uint64(s.Bsize), s.Bavail * uint64(s.Bsize)
+	return uint64(s), uint64(f)
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
 	"github.com/longshore-edge/longshore/sync/durable"
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 // Stored is what a Replica needs to know of the store at the start.
@@ -89,7 +90,7 @@ type committed struct {
 type Store struct {
 	dir     string
 	log     *slog.Logger
-	reserve uint64
+	reserve int64
 	closed  atomic.Bool
 
 	mu      sync.Mutex // orders writes that take several transactions
@@ -125,7 +126,7 @@ func openStore(dir string, log *slog.Logger) (_ *Store, err error) {
 		return nil, fmt.Errorf("make the state directory %s (choose another or run as a user who may write there): %w", dir, err)
 	}
 	s := &Store{dir: dir, log: log}
-	free, size, err := space(dir)
+	free, size, err := space.Of(dir)
 	if err != nil {
 		return nil, err
 	}

@@ -145,7 +145,7 @@ func (s *Store) write(w writes) error {
 	for _, e := range w.entries {
 		n += len(e.Key) + len(e.Value)
 	}
-	if err := s.room(s.reserve + 2*uint64(n)); err != nil {
+	if err := s.room(s.reserve + 2*int64(n)); err != nil {
 		return err
 	}
 	for len(w.entries) > 0 {

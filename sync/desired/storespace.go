@@ -10,7 +10,8 @@ import (
 	"time"
 
 	badger "github.com/dgraph-io/badger/v4"
-	"golang.org/x/sys/unix"
+
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 const (
@@ -23,17 +24,7 @@ const (
 )
 
 // reserveOf is the reserve on a file system of so many bytes: a sixth of it, within the bounds.
-func reserveOf(size uint64) uint64 { return min(max(size/6, minReserve), maxReserve) }
-
-// space returns the bytes free on the file system of dir, and its size.
-func space(dir string) (free, size uint64, err error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, 0, fmt.Errorf("ask for the free space of %s: %w", dir, err)
-	}
-	unit := uint64(st.Bsize)
-	return uint64(st.Bavail) * unit, uint64(st.Blocks) * unit, nil
-}
+func reserveOf(size int64) int64 { return min(max(size/6, minReserve), maxReserve) }
 
 // openFull opens the store without writing. Should that be impossible, or the store be new, an empty one in memory stands in
 // until there is room: nothing is moved aside or given up because of a full disk.
@@ -66,12 +57,12 @@ func openReadOnly(dir string, log *slog.Logger) (*badger.DB, error) {
 }
 
 // room refuses a write that needs so many bytes free, and opens a store for writing that was opened on a full disk.
-func (s *Store) room(need uint64) error {
+func (s *Store) room(need int64) error {
 	full := s.ReadOnly()
 	if full {
 		need = max(need, s.reserve)
 	}
-	free, _, err := space(s.dir)
+	free, _, err := space.Of(s.dir)
 	if err != nil {
 		return err
 	}
@@ -138,7 +129,7 @@ func (s *Store) Close() error {
 		if _, err := os.Stat(filepath.Join(s.dir, badger.ManifestFilename)); err != nil {
 			return fmt.Errorf("close store: its files in %s are gone: %w", s.dir, err)
 		}
-		free, _, err := space(s.dir)
+		free, _, err := space.Of(s.dir)
 		if err != nil {
 			return fmt.Errorf("close store: %w", err)
 		}

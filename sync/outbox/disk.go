@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 // disk is the file operations of a Log, so that tests can cut the power between any two of them.
@@ -83,14 +85,7 @@ func (osDisk) SyncDir(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-func (osDisk) Free(path string) (free, size int64, err error) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(path, &fs); err != nil {
-		return 0, 0, err
-	}
-	unit := int64(fs.Bsize) //nolint:unconvert // the types differ between architectures
-	return int64(fs.Bavail) * unit, int64(fs.Blocks) * unit, nil
-}
+func (osDisk) Free(path string) (free, size int64, err error) { return space.Of(path) }
 
 func (osDisk) Lock(path string) (io.Closer, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)

@@ -13,11 +13,11 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 	compression "github.com/dgraph-io/badger/v4/options"
-	"golang.org/x/sys/unix"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
 	"github.com/longshore-edge/longshore/sync/durable"
 	"github.com/longshore-edge/longshore/sync/frame"
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 // Config of the embedded store.
@@ -318,11 +318,11 @@ func (i *Intake) use() (done func(), err error) {
 
 // room fails if the disk is nearly full: Badger writes through memory maps and would crash the process on a full one.
 func (i *Intake) room() error {
-	var st unix.Statfs_t
-	if err := unix.Statfs(i.cfg.Dir, &st); err != nil {
-		return fmt.Errorf("look for disk space: %w", err)
+	free, _, err := space.Of(i.cfg.Dir)
+	if err != nil {
+		return err
 	}
-	if free := int64(st.Bavail) * int64(st.Bsize); free < i.cfg.MinFreeBytes {
+	if free < i.cfg.MinFreeBytes {
 		return fmt.Errorf("only %d MiB are free below %s, %d are kept in reserve: free space or lower the retention",
 			free>>20, i.cfg.Dir, i.cfg.MinFreeBytes>>20)
 	}

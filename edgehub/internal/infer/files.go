@@ -16,8 +16,9 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
+
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 const (
@@ -366,12 +367,11 @@ const maxReserve = 96 << 20
 
 // fits says whether n bytes more leave enough room on the disk.
 func (d *download) fits(n int64) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(d.file.Name(), &fs); err != nil {
+	free, size, err := space.Of(d.file.Name())
+	if err != nil {
 		return diskFailure(err)
 	}
-	free := int64(fs.Bavail) * int64(fs.Bsize)                     //nolint:unconvert // the types differ between architectures
-	reserve := min(maxReserve, int64(fs.Blocks)*int64(fs.Bsize)/3) //nolint:unconvert // as above
+	reserve := min(maxReserve, size/3)
 	if free-n < reserve {
 		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, n>>20+1, free>>20, reserve>>20))
 	}
