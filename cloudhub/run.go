@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -65,14 +64,6 @@ Every flag can also be set in the environment (--log-level is LONGSHORE_LOG_LEVE
 	cmd.Flags().AddFlagSet(settings)
 	cmd.Flags().StringVar(&file, "config", "", "YAML `file` with the flags below as keys (environment "+configVariable+")")
 	return cmd
-}
-
-// limitGarbage lets half as much garbage gather as Go does by itself, unless the environment says how much may (GOGC): taking
-// in a backlog makes mostly garbage, and a hub has time to collect it.
-func limitGarbage() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
-	}
 }
 
 // hub is a cloud hub put together.
@@ -210,6 +201,7 @@ func (h *hub) run(ctx context.Context) error {
 		parts.Go(func() error { return named("broker", h.broker.Run(ctx)) })
 		parts.Go(func() error { return named("model files", h.files.Run(ctx)) })
 		parts.Go(func() error { h.wantFiles(ctx); return nil })
+		parts.Go(func() error { paceGarbage(ctx); return nil })
 		parts.Go(func() error { return named("http", h.serve(ctx)) })
 		return parts.Wait()
 	})

@@ -7,7 +7,9 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unique"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
@@ -299,7 +301,8 @@ func older(a, b string) bool {
 	return err == nil && order < 0
 }
 
-// trim drops what nobody reads, before an object is kept.
+// trim drops what nobody reads, before an object is kept, and gives it names of its own: those that were decoded stand in memory
+// between all that is dropped, and would keep most of it from being given back.
 func trim(o metav1.Object) {
 	o.SetManagedFields(nil)
 	if a := o.GetAnnotations(); a["kubectl.kubernetes.io/last-applied-configuration"] != "" {
@@ -310,6 +313,15 @@ func trim(o metav1.Object) {
 			}
 		}
 		o.SetAnnotations(kept)
+	}
+	name, uid, version := o.GetName(), string(o.GetUID()), o.GetResourceVersion()
+	all := name + uid + version
+	o.SetName(all[:len(name)])
+	o.SetUID(types.UID(all[len(name) : len(name)+len(uid)]))
+	o.SetResourceVersion(all[len(name)+len(uid):])
+	o.SetNamespace(unique.Make(o.GetNamespace()).Value())
+	if p, ok := o.(*corev1.Pod); ok {
+		p.Spec.NodeName = unique.Make(p.Spec.NodeName).Value()
 	}
 }
 
