@@ -45,10 +45,10 @@ func FuzzReceive(f *testing.F) {
 
 // FuzzParseList: as FuzzReceive; and what is taken must be what its digest says.
 func FuzzParseList(f *testing.F) {
-	f.Add(NewList(nil).Body)
+	f.Add(NewList(nil).Body())
 	f.Add(NewList([]*longshorepb.Entry{
 		must(FromPod(pod("a", 3))).Entry(), AbsentEntry(longshorepb.Kind_KIND_SECRET, "default", "s", "not found"),
-	}).Body)
+	}).Body())
 	f.Fuzz(func(t *testing.T, body []byte) {
 		l, err := parseList(body, MaxObjectBytes)
 		if err == nil && l.Digest != digestOf(longshorepb.Kind_KIND_LIST, body, [32]byte{}) {
@@ -136,7 +136,7 @@ func FuzzStore(f *testing.F) {
 		return append([]byte{byte(kind), 0, 0, 0, 0, 0, 0, 0, byte(len(body))}, sum[:]...)
 	}
 	f.Add(digestKey(objectKey, o.Digest), header(o.Kind, nil), []byte("c"), []byte(`{"cluster":"c1","list":"AAAA"}`))
-	f.Add(digestKey(objectKey, l.Digest), header(longshorepb.Kind_KIND_LIST, l.Body), append(digestKey(blockKey, l.Digest), 0, 0, 0, 0), l.Body)
+	f.Add(digestKey(objectKey, l.Digest), header(longshorepb.Kind_KIND_LIST, l.Body()), append(digestKey(blockKey, l.Digest), 0, 0, 0, 0), l.Body())
 	f.Add(append(digestKey(partKey, o.Digest), 0, 0, 0, 0, 0, 0, 0, 0), []byte("\x01\x00\x00\x00\x00\x00\x00\x00\x00\x05abc"), []byte("b"), []byte{})
 	f.Add([]byte("p"), []byte("x"), []byte("bshort"), []byte("x")) // found by fuzzing: the agent crashed at each start
 	f.Add([]byte("s"), []byte("1"), []byte("kx"), []byte("y"))

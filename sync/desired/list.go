@@ -17,8 +17,21 @@ import (
 type List struct {
 	Entries []*longshorepb.Entry
 	Digest  Digest
-	// Body is the canonical encoding that Digest is about.
-	Body []byte
+	body    []byte // nil: encoded when asked for
+}
+
+// Body is the canonical encoding that Digest is about. A hub has a list for every edge and needs its encoding once, so it is not
+// kept.
+func (l *List) Body() []byte {
+	if l.body != nil {
+		return l.body
+	}
+	body, err := proto.MarshalOptions{Deterministic: true}.Marshal(&longshorepb.List{Entries: l.Entries})
+	if err != nil {
+		// Only a string that is not UTF-8 fails; the API server and the folder source let none through.
+		panic(fmt.Sprintf("encode list: %v", err))
+	}
+	return body
 }
 
 // NewList sorts a copy of the entries by kind, namespace, name and uid, keeps the first of those equal in all four, and
@@ -27,12 +40,9 @@ func NewList(entries []*longshorepb.Entry) *List {
 	e := slices.Clone(entries)
 	slices.SortStableFunc(e, compareEntries)
 	e = slices.CompactFunc(e, func(a, b *longshorepb.Entry) bool { return compareEntries(a, b) == 0 })
-	body, err := proto.MarshalOptions{Deterministic: true}.Marshal(&longshorepb.List{Entries: e})
-	if err != nil {
-		// Only a string that is not UTF-8 fails; the API server and the folder source let none through.
-		panic(fmt.Sprintf("encode list: %v", err))
-	}
-	return &List{Entries: e, Digest: digestOf(longshorepb.Kind_KIND_LIST, body, [32]byte{}), Body: body}
+	l := &List{Entries: e}
+	l.Digest = digestOf(longshorepb.Kind_KIND_LIST, l.Body(), [32]byte{})
+	return l
 }
 
 // AbsentEntry names an object that a pod names and the hub does not have. reason is for people.
@@ -86,7 +96,7 @@ func parseList(body []byte, maxObject uint64) (*List, error) {
 		}
 		seen[string(e.GetDigest())] = struct{}{}
 	}
-	return &List{Entries: m.GetEntries(), Digest: digestOf(longshorepb.Kind_KIND_LIST, body, [32]byte{}), Body: body}, nil
+	return &List{Entries: m.GetEntries(), Digest: digestOf(longshorepb.Kind_KIND_LIST, body, [32]byte{}), body: body}, nil
 }
 
 func checkEntry(e *longshorepb.Entry, maxObject uint64) error {

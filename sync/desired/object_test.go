@@ -113,7 +113,7 @@ func TestListOrder(t *testing.T) {
 	if one.Digest != two.Digest {
 		t.Error("the digest depends on the order")
 	}
-	l, err := parseList(one.Body, MaxObjectBytes)
+	l, err := parseList(one.Body(), MaxObjectBytes)
 	if err != nil || l.Digest != one.Digest || len(l.Entries) != 3 {
 		t.Errorf("parse: %v %v", l, err)
 	}

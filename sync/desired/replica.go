@@ -420,7 +420,7 @@ func (r *Replica) takeList(d Digest, body []byte) error {
 }
 
 func (r *Replica) saveList(l *List) {
-	r.out = append(r.out, SaveObject{Object{Ref: Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: l.Digest, Body: l.Body}})
+	r.out = append(r.out, SaveObject{Object{Ref: Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: l.Digest, Body: l.Body()}})
 }
 
 // setList starts fetching what the list names and the store lacks.

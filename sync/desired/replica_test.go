@@ -162,7 +162,7 @@ func TestBadChunks(t *testing.T) {
 // feedHead gives r the head of a list, the list sent ahead.
 func feedHead(t *testing.T, r *Replica, now time.Time, counter uint64, l *List) {
 	t.Helper()
-	e := encodeObject(longshorepb.Kind_KIND_LIST, l.Digest, l.Body)
+	e := encodeObject(longshorepb.Kind_KIND_LIST, l.Digest, l.Body())
 	push := marshal(&longshorepb.Push{Chunks: []*longshorepb.Chunk{e.chunk(0, len(e.data))}})
 	head := marshal(signHead(testKey, headFor(func(h *longshorepb.Head) { h.Counter, h.List = counter, l.Digest[:] })))
 	if err := r.Receive(now, "longshore/v1/nodes/e1/push", push); err != nil {

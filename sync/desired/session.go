@@ -289,7 +289,7 @@ func (s *Session) push() []HubAction {
 		chunks = append(chunks, e.chunk(0, len(e.data)))
 		return true
 	}
-	if !add(encodeObject(longshorepb.Kind_KIND_LIST, s.newest.Digest, s.newest.Body)) {
+	if !add(encodeObject(longshorepb.Kind_KIND_LIST, s.newest.Digest, s.newest.Body())) {
 		return nil
 	}
 	if s.heldList != nil && s.heldList.Digest == s.reported {
@@ -389,7 +389,7 @@ func (s *Session) lookup(d Digest) (encodedObject, bool) {
 		}
 		if l.Digest == d {
 			if s.encoded.digest != d {
-				s.encoded = encodeObject(longshorepb.Kind_KIND_LIST, d, l.Body)
+				s.encoded = encodeObject(longshorepb.Kind_KIND_LIST, d, l.Body())
 			}
 			return s.encoded, true
 		}

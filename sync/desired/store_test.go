@@ -58,7 +58,7 @@ func commitPods(s *Store, sizes ...int) (*List, error) {
 		}
 	}
 	l := NewList(entries)
-	if err := s.Apply(SaveObject{Object{Ref: Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: l.Digest, Body: l.Body}}); err != nil {
+	if err := s.Apply(SaveObject{Object{Ref: Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: l.Digest, Body: l.Body()}}); err != nil {
 		return nil, err
 	}
 	return l, s.Apply(Commit{List: l, Cluster: "c1"})
@@ -353,7 +353,7 @@ func TestG4StoreIsBounded(t *testing.T) {
 		l := NewList([]*longshorepb.Entry{o.Entry()})
 		before := must(s.Load())
 		for _, a := range []EdgeAction{
-			SaveObject{o}, SaveObject{Object{Ref: Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: l.Digest, Body: l.Body}},
+			SaveObject{o}, SaveObject{Object{Ref: Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: l.Digest, Body: l.Body()}},
 			Commit{List: l, Cluster: "c1"}, Drop{slices.Collect(maps.Keys(before.Objects))},
 		} {
 			if err := s.Apply(a); err != nil {

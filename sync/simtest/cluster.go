@@ -63,7 +63,7 @@ func (c *cluster) change(edge string, f func(objects map[string]desired.Object))
 	}
 	list := desired.NewList(entries)
 	next[edge] = assignment{objects: objects, list: list}
-	c.bodies[list.Digest] = list.Body
+	c.bodies[list.Digest] = list.Body()
 	if _, ok := c.names[list.Digest]; !ok {
 		c.names[list.Digest] = fmt.Sprintf("%s@%d", edge, len(c.history))
 	}

@@ -131,7 +131,7 @@ func (d *disk) load() desired.Stored {
 		s.Objects[dg] = struct{}{}
 		var l longshorepb.List
 		if o.Kind == longshorepb.Kind_KIND_LIST && proto.Unmarshal(o.Body, &l) == nil {
-			s.Lists[dg] = &desired.List{Entries: l.GetEntries(), Digest: dg, Body: o.Body}
+			s.Lists[dg] = &desired.List{Entries: l.GetEntries(), Digest: dg}
 		}
 	}
 	for dg, parts := range i.parts {

@@ -148,7 +148,7 @@ func (w *world) commit(absent []*longshorepb.Entry, objects ...desired.Object) {
 	}
 	list := desired.NewList(entries)
 	for _, a := range []desired.EdgeAction{
-		desired.SaveObject{Object: desired.Object{Ref: desired.Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: list.Digest, Body: list.Body}},
+		desired.SaveObject{Object: desired.Object{Ref: desired.Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: list.Digest, Body: list.Body()}},
 		desired.Commit{List: list, Cluster: "test"},
 	} {
 		if err := w.store.Apply(a); err != nil {

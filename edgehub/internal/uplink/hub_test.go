@@ -349,7 +349,7 @@ func (h *hub) hold(versions ...string) *desired.List {
 		})
 	}
 	h.list = desired.NewList(entries)
-	h.objects[h.list.Digest] = desired.Object{Ref: desired.Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: h.list.Digest, Body: h.list.Body}
+	h.objects[h.list.Digest] = desired.Object{Ref: desired.Ref{Kind: longshorepb.Kind_KIND_LIST}, Digest: h.list.Digest, Body: h.list.Body()}
 	if h.conn != nil && h.conn.session != nil {
 		h.conn.session.SetList(time.Now(), h.list)
 		signal(h.conn.wake)
