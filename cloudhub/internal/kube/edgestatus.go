@@ -40,13 +40,14 @@ const (
 )
 
 // owns says whether a hub may write an Edge's status from a state: nobody holds a newer session that is alive, and the end of
-// a session is told only by the hub that told its beginning, or that of an earlier one of the same agent (writeAfter).
+// a session is told only by the hub that told its beginning, or that of an earlier one (writeAfter).
 func owns(status *v1alpha1.EdgeStatus, state *mirror.EdgeState, hub string, now time.Time) bool {
 	if state == nil {
 		return false
 	}
 	if !state.Online {
-		return status.Hub == hub && status.Session <= int64(state.Session) && status.Instance == state.Instance
+		same := status.Session == int64(state.Session) && status.Instance == state.Instance
+		return status.Hub == hub && (same || status.Session < int64(state.Session))
 	}
 	if status.Hub == hub || status.Link != linkOnline || stale(status, now) || status.Session < int64(state.Session) {
 		return true

@@ -38,6 +38,8 @@ func TestOwns(t *testing.T) {
 		{"a clone with the same number", stands("you", "other", 5, linkOnline, 0), state(5, true), false},
 		{"the end of the session that stands there", stands("me", "i", 5, linkOnline, 0), state(5, false), true},
 		{"the end of a session whose beginning was not told", stands("me", "i", 4, linkOnline, 0), state(5, false), true},
+		{"the end of an agent whose beginning was not told", stands("me", "other", 4, linkOnline, 0), state(5, false), true},
+		{"the end of a clone with the same number", stands("me", "other", 5, linkOnline, 0), state(5, false), false},
 		{"the end of a session of another hub", stands("you", "i", 5, linkOnline, 0), state(5, false), false},
 		{"the end of an older session", stands("me", "i", 6, linkOnline, 0), state(5, false), false},
 	} {
