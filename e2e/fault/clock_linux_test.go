@@ -2,7 +2,9 @@ package fault
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,29 +17,41 @@ import (
 	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
 )
 
-// shiftVariable names the file with the seconds by which the edge's wall clock is wrong.
+// shiftVariable names the file with the seconds to add to the edge's wall clock, 8 bytes in the machine's order.
 const shiftVariable = "TEST_CLOCK_SHIFT_FILE"
 
-// shiftSource goes into package time of the edge under test.
+// shiftSource goes into package time of the edge under test. The file is mapped, because the runtime asks for the time also
+// where no system call may be made.
 const shiftSource = `package time
 
-import "syscall"
+import (
+	"syscall"
+	"unsafe"
+)
 
-func testShift() (seconds int64) {
-	name, _ := syscall.Getenv("` + shiftVariable + `")
+var testShiftPage = mapTestShift()
+
+func mapTestShift() []byte {
+	name, ok := syscall.Getenv("` + shiftVariable + `")
+	if !ok {
+		return nil
+	}
 	fd, err := syscall.Open(name, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
+		panic("open the clock's shift: " + err.Error())
+	}
+	page, err := syscall.Mmap(fd, 0, 8, syscall.PROT_READ, syscall.MAP_SHARED)
+	if err != nil {
+		panic("map the clock's shift: " + err.Error())
+	}
+	return page
+}
+
+func testShift() (seconds int64) {
+	if testShiftPage == nil {
 		return 0
 	}
-	var b [20]byte
-	n, _ := syscall.Read(fd, b[:])
-	_ = syscall.Close(fd)
-	for _, c := range b[:max(n, 0)] {
-		if c >= '0' && c <= '9' {
-			seconds = 10*seconds - int64(c-'0')
-		}
-	}
-	return seconds
+	return *(*int64)(unsafe.Pointer(&testShiftPage[0]))
 }
 `
 
@@ -102,11 +116,12 @@ func TestG3BootedIn1970(t *testing.T) {
 		t.Helper()
 		seconds := int64(0)
 		if !right {
-			seconds = time.Now().Unix() - 3600 // 1970-01-01 01:00
+			seconds = 3600 - time.Now().Unix() // 1970-01-01 01:00
 		}
-		err := os.WriteFile(shift+".new", fmt.Append(nil, seconds), 0o600)
+		f, err := os.OpenFile(shift, os.O_WRONLY|os.O_CREATE, 0o600)
 		if err == nil {
-			err = os.Rename(shift+".new", shift)
+			_, err = f.WriteAt(binary.NativeEndian.AppendUint64(nil, uint64(seconds)), 0)
+			err = errors.Join(err, f.Close())
 		}
 		if err != nil {
 			t.Fatal(err)
