@@ -2,6 +2,7 @@ package infer
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
+	"github.com/longshore-edge/longshore/sync/space"
 )
 
 func flipByte(t *testing.T, path string) {
@@ -198,5 +200,37 @@ func TestDownloadRate(t *testing.T) {
 	// (100 KiB - a burst of 16 KiB) at 64 KiB/s; the bound is from below, so a slow machine does not matter.
 	if took := time.Since(began); took < time.Second {
 		t.Errorf("100 KiB took %v at 64 KiB/s", took)
+	}
+}
+
+// Two downloads at once must not eat up together what each alone leaves free: the store of desired state and telemetry need it.
+func TestDownloadsAtOnceKeepTheReserve(t *testing.T) {
+	f, err := openFiles(t.TempDir(), 1<<50, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	free, size, err := space.Of(f.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	room := free - min(maxReserve, size/3)
+	if room <= 0 {
+		t.Fatalf("only %d MiB are free below %s: the test needs more", free>>20, f.dir)
+	}
+	most := room / 4 * 3 // fits alone, not twice; the rest is for what others write meanwhile
+	release, err := f.reserve("a", most)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.claim("a", most); err != nil {
+		t.Fatal("the first download:", err)
+	}
+	var failed *failure
+	if err := f.claim("b", most); !errors.As(err, &failed) || failed.reason != reasonDiskFull {
+		t.Errorf("the second download: %v, want %s", err, reasonDiskFull)
+	}
+	release()
+	if err := f.claim("b", most); err != nil {
+		t.Error("the second download after the first:", err)
 	}
 }

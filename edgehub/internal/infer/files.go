@@ -45,6 +45,7 @@ type files struct {
 
 	mu       sync.Mutex
 	reserved map[string]int64     // whole size by file name, of downloads under way
+	coming   map[string]int64     // bytes by file name that downloads under way have still to write
 	checked  map[string]time.Time // modification time of files verified in this process
 	locks    map[string]*fileLock
 }
@@ -61,7 +62,7 @@ func openFiles(dir string, quota, downloadRate int64) (*files, error) {
 	}
 	f := &files{
 		dir: dir, quota: quota, slots: make(chan struct{}, concurrentDownloads),
-		reserved: map[string]int64{}, checked: map[string]time.Time{}, locks: map[string]*fileLock{},
+		reserved: map[string]int64{}, coming: map[string]int64{}, checked: map[string]time.Time{}, locks: map[string]*fileLock{},
 	}
 	if downloadRate > 0 {
 		f.limiter = rate.NewLimiter(rate.Limit(downloadRate), readSize)
@@ -170,7 +171,7 @@ func (f *files) download(ctx context.Context, from Fetcher, digest string, size 
 	if err != nil {
 		return diskFailure(err)
 	}
-	d := &download{files: f, file: file, hash: sha256.New(), digest: digest, size: size, stall: stall, progress: progress}
+	d := &download{files: f, file: file, name: name, hash: sha256.New(), digest: digest, size: size, stall: stall, progress: progress}
 	err = d.run(ctx, from)
 	if cerr := file.Close(); err == nil && cerr != nil {
 		err = diskFailure(cerr)
@@ -244,6 +245,7 @@ func (f *files) reserve(name string, size int64) (release func(), err error) {
 	return func() {
 		f.mu.Lock()
 		delete(f.reserved, name)
+		delete(f.coming, name)
 		f.mu.Unlock()
 	}, nil
 }
@@ -318,6 +320,7 @@ type download struct {
 	files    *files
 	file     *os.File
 	hash     hash.Hash
+	name     string // of the file, once it is whole
 	digest   string
 	size     int64
 	stall    time.Duration
@@ -340,7 +343,7 @@ func (d *download) run(ctx context.Context, from Fetcher) error {
 	d.progress(have)
 	resumed := have > 0
 	if have < d.size {
-		if err := d.fits(d.size - have); err != nil {
+		if err := d.files.claim(d.name, d.size-have); err != nil {
 			return err
 		}
 		if err := d.receive(ctx, from, have); err != nil {
@@ -365,17 +368,35 @@ func (d *download) run(ctx context.Context, from Fetcher) error {
 // more that removes them.
 const maxReserve = 96 << 20
 
-// fits says whether n bytes more leave enough room on the disk.
-func (d *download) fits(n int64) error {
-	free, size, err := space.Of(d.file.Name())
+// claim books n bytes more for a download, unless they, with what other downloads will still write, leave too little room on the
+// disk.
+func (f *files) claim(name string, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	free, size, err := space.Of(f.dir)
 	if err != nil {
 		return diskFailure(err)
 	}
 	reserve := min(maxReserve, size/3)
-	if free-n < reserve {
-		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept", syscall.ENOSPC, n>>20+1, free>>20, reserve>>20))
+	var others int64
+	for other, left := range f.coming {
+		if other != name {
+			others += left
+		}
 	}
+	if free-others-n < reserve {
+		return diskFailure(fmt.Errorf("%w: the file needs %d MiB more, %d MiB are free, of which %d MiB are kept and other downloads need %d MiB",
+			syscall.ENOSPC, n>>20+1, free>>20, reserve>>20, others>>20))
+	}
+	f.coming[name] = n
 	return nil
+}
+
+// wrote takes what a download wrote off its claim.
+func (f *files) wrote(name string, n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.coming[name] -= int64(n)
 }
 
 // receive appends what the hub has from byte have on.
@@ -406,6 +427,7 @@ func (d *download) receive(outer context.Context, from Fetcher, have int64) erro
 			if _, err := d.file.Write(buf[:n]); err != nil {
 				return diskFailure(err)
 			}
+			d.files.wrote(d.name, n)
 			d.hash.Write(buf[:n])
 			have += int64(n)
 			d.progress(have)
