@@ -131,6 +131,8 @@ type Broker struct {
 	stats   counters
 	lastID  atomic.Uint64
 
+	complaints complaints // only commit uses it
+
 	fan      sync.Mutex          // held while one message is queued for all its subscribers
 	retained map[string]*message // guarded by fan
 	full     bool                // of retained topics, and logged; guarded by fan
@@ -162,7 +164,7 @@ func New(cfg Config) (*Broker, error) {
 	}
 	cfg = cfg.withDefaults()
 	b := &Broker{
-		cfg: cfg, log: cfg.Logger, commits: newCommits(maxPendingBytes),
+		cfg: cfg, log: cfg.Logger, commits: newCommits(maxPendingBytes), complaints: complaints{},
 		retained: map[string]*message{}, sessions: map[string]*session{}, conns: map[*Conn]struct{}{},
 		stopped: make(chan struct{}),
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/mochi-mqtt/server/v2/packets"
 )
@@ -147,7 +148,9 @@ func (b *Broker) settle(p pending, refused error) {
 		return
 	case refused != nil:
 		if p.conn == nil || p.conn.closeReason() == "" { // else one line was enough
-			b.log.Warn("message not stored", "client", p.m.client, "topic", p.m.topic, "error", refused)
+			if log, skipped := b.complaints.about(p.m.client, time.Now()); log {
+				b.log.Warn("message not stored", "client", p.m.client, "topic", p.m.topic, "error", refused, "not_logged_before", skipped)
+			}
 		}
 		for _, c := range []*Conn{p.conn, owed} {
 			if c != nil {
