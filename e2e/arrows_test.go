@@ -39,6 +39,7 @@ var owners = map[string][]string{
 	"k8s.io/client-go":                    {"cloudhub/internal/kube"},
 	"github.com/ebitengine/purego":        {"edgehub/worker"},
 	"github.com/gomlx":                    {"edgehub/worker", "e2e/bearing"},
+	"github.com/hanwen/go-fuse/v2":        {"e2e/powerdisk"},
 }
 
 // never are libraries that a command must not link, not even through others: they would cost every small box their memory.

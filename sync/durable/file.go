@@ -9,22 +9,22 @@ import (
 )
 
 // WriteFile replaces a file, of mode 0600: after a power cut it holds its old content or the new one, and the new one once
-// WriteFile has returned nil. Files .tmp-* that a power cut leaves beside it may be removed.
+// WriteFile has returned nil. A power cut may leave path.new, which the next WriteFile takes. One process writes a file at a time.
 func WriteFile(path string, content []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
+	tmp := path + ".new"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = os.Remove(tmp.Name()) }() // there is one only after an error
-	_, err = tmp.Write(content)
+	_, err = f.Write(content)
 	if err == nil {
-		err = tmp.Sync()
+		err = f.Sync()
 	}
-	if err := errors.Join(err, tmp.Close()); err != nil {
-		return err
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(tmp, path)
 	}
-	if err := os.Rename(tmp.Name(), path); err != nil {
-		return err
+	if err != nil {
+		return errors.Join(err, os.Remove(tmp))
 	}
 	return SyncDir(filepath.Dir(path))
 }
