@@ -136,7 +136,8 @@ func (a *agent) openDoors(state stateDir) error {
 		streams[i] = local.Stream{Name: s.Name, Topics: s.Topics}
 	}
 	a.broker, err = local.New(local.Config{
-		Logger: a.log.With("part", "broker"), Listen: a.cfg.Broker.Listen, Streams: streams, Outbox: a.outbox, Offer: a.models.Message,
+		Logger: a.log.With("part", "broker"), Listen: a.cfg.Broker.Listen, MaxConnections: int(a.cfg.Broker.MaxConnections),
+		Streams: streams, Outbox: a.outbox, Offer: a.models.Message,
 	})
 	if err != nil {
 		return fmt.Errorf("broker.listen: %w", err)

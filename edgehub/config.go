@@ -58,6 +58,7 @@ type HubConfig struct {
 type BrokerConfig struct {
 	Listen         string `yaml:"listen"`
 	AllowAnonymous Bool   `yaml:"allowAnonymous"`
+	MaxConnections Int    `yaml:"maxConnections"`
 }
 
 // HTTPConfig is the door for inference, health, metrics and status.
@@ -240,6 +241,7 @@ func settings() []setting {
 		{"hub.ca", "PEM file of the authority that signed the hub's TLS certificate (default: the system's)", text(func(c *Config) *string { return &c.Hub.CA })},
 		{"broker.listen", "address for devices (MQTT)", text(func(c *Config) *string { return &c.Broker.Listen })},
 		{"broker.allowAnonymous", "let devices in without credentials also beyond this machine", func(c *Config, s string) error { return c.Broker.AllowAnonymous.Set(s) }},
+		{"broker.maxConnections", "how many devices may be connected; each takes about 40 KiB", func(c *Config, s string) error { return c.Broker.MaxConnections.Set(s) }},
 		{"http.listen", "address for inference, health, metrics and status", text(func(c *Config) *string { return &c.HTTP.Listen })},
 		{"http.allowAnonymous", "let anybody infer and read status and metrics also from beyond this machine", func(c *Config, s string) error { return c.HTTP.AllowAnonymous.Set(s) }},
 		{"models.worker", "worker program (default: longshore-worker beside this program)", text(func(c *Config) *string { return &c.Models.Worker })},
@@ -284,7 +286,7 @@ func (s setting) env() string {
 func defaults() Config {
 	return Config{
 		State:     defaultState,
-		Broker:    BrokerConfig{Listen: "127.0.0.1:1883"},
+		Broker:    BrokerConfig{Listen: "127.0.0.1:1883", MaxConnections: 10_000},
 		HTTP:      HTTPConfig{Listen: "127.0.0.1:8090"},
 		Models:    ModelsConfig{DiskQuota: 2 << 30, MemoryLimit: 512 << 20},
 		Telemetry: TelemetryConfig{BacklogRate: 1 << 20},
@@ -368,6 +370,9 @@ func (c *Config) validate() error {
 	}
 	if !loopback(c.Broker.Listen) && !bool(c.Broker.AllowAnonymous) {
 		return fmt.Errorf("broker.listen: %s is beyond this machine and devices need no credentials there: listen on 127.0.0.1, or set broker.allowAnonymous to true (--broker-allow-anonymous) if the network is yours alone", c.Broker.Listen)
+	}
+	if c.Broker.MaxConnections < 1 {
+		return fmt.Errorf("broker.maxConnections: %d lets no device in", c.Broker.MaxConnections)
 	}
 	if !loopback(c.HTTP.Listen) && !bool(c.HTTP.AllowAnonymous) {
 		return fmt.Errorf("http.listen: %s is beyond this machine, and whoever reaches it may infer and read status and metrics without credentials: listen on 127.0.0.1, or set http.allowAnonymous to true (--http-allow-anonymous) if the network is yours alone", c.HTTP.Listen)

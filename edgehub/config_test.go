@@ -35,7 +35,8 @@ telemetry: {backlogRate: 64KiB}
 streams:
   - {name: vibration, topics: ["sensors/+/vibration"], maxBytes: 1MiB, maxAge: 7d, policy: refuse}
 `, 0o600)
-	env := map[string]string{"LONGSHORE_STATE": "/from/env", "LONGSHORE_CREDENTIAL": "/from/env", "LONGSHORE_MODELS_ORT_LIBRARY": "/env/ort.so"}
+	env := map[string]string{"LONGSHORE_STATE": "/from/env", "LONGSHORE_CREDENTIAL": "/from/env", "LONGSHORE_MODELS_ORT_LIBRARY": "/env/ort.so",
+		"LONGSHORE_BROKER_MAX_CONNECTIONS": "200"}
 	c, err := loadConfig(file, func(k string) (string, bool) { v, ok := env[k]; return v, ok }, map[string]string{"state": "/from/flag", "models-memory-limit": "1GiB"})
 	if err != nil {
 		t.Fatal(err)
@@ -44,8 +45,8 @@ streams:
 		t.Fatal(err)
 	}
 	got := fmt.Sprint(c.State, c.Credential, c.Hub.URL, int64(c.Models.DiskQuota), c.Models.ORTLibrary, int64(c.Models.MemoryLimit),
-		int64(c.Telemetry.BacklogRate), c.Broker.Listen, c.HTTP.Listen)
-	want := fmt.Sprint("/from/flag", "/from/env", "tcp://file:1", 10<<20, "/env/ort.so", 1<<30, 64<<10, "127.0.0.1:1883", "127.0.0.1:8090")
+		int64(c.Telemetry.BacklogRate), c.Broker.Listen, int(c.Broker.MaxConnections), c.HTTP.Listen)
+	want := fmt.Sprint("/from/flag", "/from/env", "tcp://file:1", 10<<20, "/env/ort.so", 1<<30, 64<<10, "127.0.0.1:1883", 200, "127.0.0.1:8090")
 	if got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -77,6 +78,8 @@ func TestBadConfigurationSaysWhereAndWhat(t *testing.T) {
 		{"credential: c\nhub: {url: \"tcp://a:b@hub:1\"}", "must not contain a user"},
 		{ok + "broker: {listen: \"1883\"}", "not host:port"},
 		{ok + "broker: {listen: \"0.0.0.0:1883\"}", "broker.allowAnonymous"},
+		{ok + "broker: {maxConnections: 0}", "broker.maxConnections: 0 lets no device in"},
+		{ok + "broker: {maxConnections: lots}", `line 3: "lots" is not a whole number`},
 		{ok + "http: {listen: \"0.0.0.0:8090\"}", "http.allowAnonymous to true (--http-allow-anonymous)"},
 		{ok + "http: {listen: \":8090\"}", "http.listen: :8090 is beyond this machine"},
 		{ok + "log: {format: xml}", "neither text nor json"},

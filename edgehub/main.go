@@ -118,7 +118,7 @@ func runCommand() *cobra.Command {
 		},
 	}
 	d := defaults()
-	shown := map[string]string{"broker.listen": d.Broker.Listen, "http.listen": d.HTTP.Listen, "models.diskQuota": "2GiB",
+	shown := map[string]string{"broker.listen": d.Broker.Listen, "broker.maxConnections": "10000", "http.listen": d.HTTP.Listen, "models.diskQuota": "2GiB",
 		"models.memoryLimit": "512MiB", "telemetry.backlogRate": "1MiB", "memory.limit": "48MiB", "memory.gcPercent": "50",
 		"log.format": d.Log.Format, "log.level": d.Log.Level}
 	for _, s := range settings() {

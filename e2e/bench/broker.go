@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,8 +39,9 @@ func brokers(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	defer s.close(&err)
-	// Its bound of memory is for small boxes with few devices; thousands of connections need more.
-	e, err := s.box(ctx, "dock", "memory: {limit: 2GiB, gcPercent: 100}\n")
+	// Its bounds are for small boxes with few devices.
+	connections := max(slices.Max(b.subscribers), b.publishers) + 100
+	e, err := s.box(ctx, "dock", "memory: {limit: 2GiB, gcPercent: 100}\n", fmt.Sprintf("LONGSHORE_BROKER_MAX_CONNECTIONS=%d", connections))
 	if err != nil {
 		return err
 	}
@@ -71,62 +73,24 @@ func (b *bench) compare(name, what string, ours, theirs *contender) {
 	b.record(figure{Name: name + "-rate", What: "the same, messages/s of the edge's broker", Unit: "1/s"}, ours.rate)
 }
 
-// fanOut has one publisher send at QoS 0 to all subscribers.
-func (b *bench) fanOut(ctx context.Context, n int, contenders ...*contender) error {
-	const topic = "plant/broadcast"
-	subscribers := make([][]*client, len(contenders))
-	defer func() {
-		for _, s := range subscribers {
-			for _, c := range s {
-				c.close()
-			}
-		}
-	}()
+// fanOut has one publisher send at QoS 0 to all subscribers, which are there for both contenders all the time.
+func (b *bench) fanOut(ctx context.Context, n int, ours, theirs *contender) (err error) {
+	contenders := []*contender{ours, theirs}
+	crowds := make([]*crowd, len(contenders))
 	for k, c := range contenders {
-		for i := range n {
-			sub, err := dialMQTT(ctx, c.address, fmt.Sprintf("panel-%d", i))
-			if err != nil {
-				return err
-			}
-			subscribers[k] = append(subscribers[k], sub)
-			if err := sub.subscribe(topic); err != nil {
-				return err
-			}
+		if crowds[k], err = startCrowd(ctx, c.address, n); err != nil {
+			return fmt.Errorf("at %s: %w", c.name, err)
 		}
+		defer func() { err = errors.Join(err, crowds[k].end()) }()
 	}
 	for range b.runs {
 		for k, c := range contenders {
-			if err := c.fanOutOnce(ctx, topic, subscribers[k]); err != nil {
+			if c.rate, err = crowds[k].publish(max(deliveries/n, 1)); err != nil {
 				return fmt.Errorf("at %s: %w", c.name, err)
 			}
 		}
-		b.compare(fmt.Sprintf("fan-out-%d", n), fmt.Sprintf("fan-out of 1 KB to %s subscribers at QoS 0", number(float64(n))), contenders[0], contenders[1])
+		b.compare(fmt.Sprintf("fan-out-%d", n), fmt.Sprintf("fan-out of 1 KB to %s subscribers at QoS 0", number(float64(n))), ours, theirs)
 	}
-	return nil
-}
-
-func (c *contender) fanOutOnce(ctx context.Context, topic string, subscribers []*client) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	pub, err := dialMQTT(ctx, c.address, "controller")
-	if err != nil {
-		return err
-	}
-	defer pub.close()
-	messages := max(deliveries/len(subscribers), 1)
-	g, ctx := errgroup.WithContext(ctx)
-	for _, s := range subscribers {
-		g.Go(func() error { return s.messages(ctx, messages) })
-	}
-	payload := make([]byte, messageBytes)
-	begin := time.Now()
-	for range messages {
-		pub.send(topic, payload, 0)
-	}
-	if err := errors.Join(pub.w.Flush(), g.Wait()); err != nil {
-		return err
-	}
-	c.rate = float64(messages*len(subscribers)) / time.Since(begin).Seconds()
 	return nil
 }
 
@@ -164,7 +128,7 @@ func (c *contender) fanIn(ctx context.Context, publishers int) error {
 	return nil
 }
 
-// startMosquitto runs Debian's mosquitto with its default limits, without persistence as is its default.
+// startMosquitto runs Debian's mosquitto with its default limits but that of open files, without persistence as is its default.
 func startMosquitto(ctx context.Context, dir string) (*rig.Process, string, error) {
 	path, err := exec.LookPath("mosquitto")
 	if err != nil {
@@ -185,6 +149,9 @@ func startMosquitto(ctx context.Context, dir string) (*rig.Process, string, erro
 	p, err := rig.Start(dir, "mosquitto", nil, path, "-c", config)
 	if err != nil {
 		return nil, "", err
+	}
+	if err := raiseFiles(p.PID()); err != nil {
+		return nil, "", errors.Join(err, end(p))
 	}
 	err = poll(ctx, 20*time.Millisecond, func() error {
 		c, err := dialMQTT(ctx, address, "probe")

@@ -20,7 +20,12 @@ type client struct {
 
 // dialMQTT connects as an anonymous device.
 func dialMQTT(ctx context.Context, address, id string) (*client, error) {
-	conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "tcp", address)
+	return dialMQTTFrom(ctx, nil, address, id)
+}
+
+// dialMQTTFrom is dialMQTT from an address of this machine; nil is any.
+func dialMQTTFrom(ctx context.Context, from net.Addr, address, id string) (*client, error) {
+	conn, err := (&net.Dialer{Timeout: 30 * time.Second, LocalAddr: from}).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
 	}

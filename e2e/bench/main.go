@@ -35,7 +35,7 @@ type sizes struct {
 }
 
 func full() sizes {
-	return sizes{runs: 5, records: 1_000_000, edges: 10, beside: 90, hollow: 1000, subscribers: []int{1000, 5000}, publishers: 1000, settle: 20 * time.Second, rest: 140 * time.Second}
+	return sizes{runs: 5, records: 1_000_000, edges: 10, beside: 90, hollow: 1000, subscribers: []int{1000, 5000, 19_000}, publishers: 1000, settle: 20 * time.Second, rest: 140 * time.Second}
 }
 
 // quick sizes show that everything works; their figures mean little.
@@ -72,6 +72,13 @@ func experiments() []experiment {
 }
 
 func main() {
+	if len(os.Args) == 4 && os.Args[1] == crowdCommand {
+		if err := runCrowd(os.Args[2], os.Args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: crowd:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	bin := flag.String("bin", "bin", "`folder` of the built commands")
 	only := flag.String("only", "", "measure only this `experiment`; the other rows of the output stay as they are")
 	skip := flag.String("skip", "", "leave out this `experiment`, such as kubernetes where no control plane can be built")

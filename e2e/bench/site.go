@@ -37,8 +37,8 @@ func (b *bench) newSite(name string) (*site, error) {
 	return &site{hub: hub, dir: dir}, nil
 }
 
-// box enrolls an edge and starts it. extra is YAML for its configuration.
-func (s *site) box(ctx context.Context, name, extra string) (*box, error) {
+// box enrolls an edge and starts it. extra is YAML for its configuration, env is for its environment.
+func (s *site) box(ctx context.Context, name, extra string, env ...string) (*box, error) {
 	credential, err := s.hub.Enroll(ctx, name)
 	if err != nil {
 		return nil, err
@@ -55,6 +55,7 @@ func (s *site) box(ctx context.Context, name, extra string) (*box, error) {
 	if e.Edge, err = rig.NewEdge(s.hub.Bin, filepath.Join(s.dir, name), name, credential, e.link.Addr(), e.files.Addr(), extra); err != nil {
 		return nil, err
 	}
+	e.Env = env
 	return e, e.Start(ctx)
 }
 

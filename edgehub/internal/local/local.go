@@ -42,6 +42,8 @@ type Config struct {
 	Logger *slog.Logger
 	// Listen is the address for devices, host:port. A client needs no credentials.
 	Listen string
+	// MaxConnections of devices (10,000).
+	MaxConnections int
 	// Streams in order: the first with a matching filter takes a message; a message that none takes is only fanned out.
 	Streams []Stream
 	Outbox  Appender
@@ -81,6 +83,8 @@ func New(cfg Config) (*Broker, error) {
 		Listeners: []broker.Listener{{Name: listener, Address: cfg.Listen}},
 		Auth:      anyone{},
 		Store:     b.store,
+
+		MaxConnections: cfg.MaxConnections,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open the devices' broker: %w", err)

@@ -3,6 +3,7 @@ package local
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"os/exec"
@@ -140,6 +141,45 @@ func TestPubackMeansStored(t *testing.T) {
 	defer b.mu.Unlock()
 	if len(b.offered) != 4 || !slices.Contains(b.offered, "elsewhere four") {
 		t.Errorf("offered to the models: %q", b.offered)
+	}
+}
+
+// G4: without this, devices could take all memory of a box that was told how many it has.
+func TestConnectionsAreBounded(t *testing.T) {
+	b, err := New(Config{Logger: slog.New(slog.DiscardHandler), Listen: "127.0.0.1:0", MaxConnections: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- b.Run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	connect := func(id byte) net.Conn {
+		c, err := net.Dial("tcp", b.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		// The broker may have closed it already; reading tells.
+		_, _ = c.Write([]byte{0x10, 13, 0, 4, 'M', 'Q', 'T', 'T', 4, 2, 0, 60, 0, 1, id})
+		return c
+	}
+	connack := make([]byte, 4)
+	for id := range byte(2) {
+		if _, err := io.ReadFull(connect('a'+id), connack); err != nil || connack[3] != 0 {
+			t.Fatalf("device %d: % x %v", id, connack, err)
+		}
+	}
+	if n, err := connect('z').Read(connack); err == nil {
+		t.Errorf("a third device was answered % x", connack[:n])
 	}
 }
 
