@@ -3,12 +3,15 @@ package desired
 import (
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"google.golang.org/protobuf/proto"
 
 	"github.com/longshore-edge/longshore/proto/longshorepb"
 )
@@ -164,5 +167,24 @@ func TestHostileLists(t *testing.T) {
 	}
 	if _, err := parseList(marshal(&longshorepb.List{Entries: []*longshorepb.Entry{good()}}), MaxObjectBytes); err != nil {
 		t.Errorf("a good list is refused: %v", err)
+	}
+}
+
+// A hub keeps pods packed: what it hands out must be what it took, or edges would refuse it by its digest.
+func TestPackedObjectOpens(t *testing.T) {
+	for _, value := range []string{"short", noise("a", 2000), strings.Repeat("long ", 1000)} {
+		whole := pod("a", 1)
+		whole.Spec.Containers[0].Env[0].Value = value
+		o := must(FromPod(whole))
+		p := o.Pack()
+		if got := p.Open(); !p.Holds() || !reflect.DeepEqual(got, o) {
+			t.Errorf("packed %+v, opened %+v", o, got)
+		}
+		if !proto.Equal(p.Entry(), o.Entry()) {
+			t.Errorf("entry %v, want %v", p.Entry(), o.Entry())
+		}
+	}
+	if none := (Packed{}); none.Holds() {
+		t.Error("nothing holds something")
 	}
 }

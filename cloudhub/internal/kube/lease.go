@@ -14,8 +14,8 @@ import (
 
 const (
 	leaseDuration = 40 * time.Second
-	// renewEvery is jittered by a fifth up.
-	renewEvery = 10 * time.Second
+	// renewEvery is jittered by a fifth up. Two that fail leave the Node alive.
+	renewEvery = 15 * time.Second
 	// renewers bounds how many Leases are renewed at the same time.
 	renewers = 8
 )

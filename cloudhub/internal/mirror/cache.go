@@ -52,7 +52,7 @@ type state struct {
 }
 
 type podEntry struct {
-	object desired.Object // Body is nil if the pod cannot be mirrored
+	object desired.Packed // none if the pod cannot be mirrored
 	edge   string
 	refs   []Reference
 }
@@ -232,8 +232,9 @@ func (c *Cache) SetPod(p *corev1.Pod) {
 		}
 		c.s.dropPod(p.UID, old)
 	}
-	entry.object = object
-	if err != nil {
+	if err == nil {
+		entry.object = object.Pack()
+	} else {
 		entry.refs = nil
 		inner := &Cache{s: c.s, locked: true}
 		inner.problem(ObjectRef{Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: p.UID}, problemReason(err), err.Error())

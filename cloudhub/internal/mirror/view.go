@@ -104,10 +104,10 @@ func (v *View) build(now time.Time) (*desired.List, time.Time) {
 	entries := make([]*longshorepb.Entry, 0, len(pods)+4)
 	seen := map[Reference]bool{}
 	for _, p := range pods {
-		if p.object.Body == nil {
+		if !p.object.Holds() {
 			continue
 		}
-		entries = append(entries, entry(p.object))
+		entries = append(entries, p.object.Entry())
 		for _, r := range p.refs {
 			if seen[r] {
 				continue
@@ -125,7 +125,7 @@ func (v *View) build(now time.Time) (*desired.List, time.Time) {
 	}
 	for _, m := range v.s.models {
 		if v.s.selects(m, v.edge) {
-			entries = append(entries, entry(m.object))
+			entries = append(entries, m.object.Entry())
 		}
 	}
 	if !retryAt.IsZero() {
@@ -134,19 +134,12 @@ func (v *View) build(now time.Time) (*desired.List, time.Time) {
 	return desired.NewList(entries), time.Time{}
 }
 
-func entry(o desired.Object) *longshorepb.Entry {
-	return &longshorepb.Entry{
-		Kind: o.Kind, Namespace: o.Namespace, Name: o.Name, Uid: o.UID,
-		Digest: slices.Clone(o.Digest[:]), Size: uint64(len(o.Body)),
-	}
-}
-
 func (v *View) namedEntry(r Reference, n *namedEntry) *longshorepb.Entry {
 	reason := cmp.Or(n.absent, "the hub has not found it yet")
 	if n.present {
 		o, err := v.open(n)
 		if err == nil {
-			return entry(o)
+			return o.Entry()
 		}
 		reason = "cannot be mirrored: " + err.Error()
 	}
@@ -177,8 +170,8 @@ func (v *View) Object(d desired.Digest) (desired.Object, bool) {
 	var o desired.Object
 	switch e.Kind {
 	case longshorepb.Kind_KIND_POD:
-		if p := v.s.pods[types.UID(e.Uid)]; p != nil && p.edge == v.edge {
-			o = p.object
+		if p := v.s.pods[types.UID(e.Uid)]; p != nil && p.edge == v.edge && p.object.Holds() {
+			o = p.object.Open()
 		}
 	case longshorepb.Kind_KIND_MODEL:
 		if m := v.s.models[e.Namespace+"/"+e.Name]; m != nil {
