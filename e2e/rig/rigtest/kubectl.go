@@ -111,7 +111,6 @@ func (k Kubectl) Holds(e *rig.Edge, count int) error {
 	return nil
 }
 
-
 // Install starts a control plane for the test and installs what the hub needs in it, as docs/KUBERNETES.md does. bin holds the
 // commands, repo is the path of the repository.
 func Install(t *testing.T, bin rig.Bin, repo string) (*cluster.Cluster, Kubectl) {
