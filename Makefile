@@ -45,7 +45,7 @@ test: ## every check and test; installs what they need
 	@e2e/test.sh
 
 soak: bin controlplane ## faults under load for DURATION (30m); prints what it costs every minute, and a summary. SEED repeats one
-	@BIN=$(CURDIR)/bin DURATION=$(or $(DURATION),30m) go test -count=1 -timeout 0 ./e2e/fault -run TestSoak
+	@BIN=$(CURDIR)/bin DURATION=$(or $(DURATION),30m) go test -v -count=1 -timeout 0 ./e2e/fault -run TestSoak
 
 fuzz: ## every fuzz target for FUZZTIME (1m), one after another; TARGET=FuzzName for one
 	@FUZZTIME=$(or $(FUZZTIME),1m) TARGET=$(TARGET) e2e/fuzz.sh
