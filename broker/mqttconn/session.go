@@ -301,11 +301,12 @@ func (s *Session) stalled(now time.Time) bool {
 	return false
 }
 
-// pingIfQuiet sends a PINGREQ when for the keepalive nothing was sent or nothing came, unless one is out or somebody
-// is writing: then bytes move anyway.
+// pingIfQuiet sends a PINGREQ when for the keepalive nothing was sent, or nothing came and no ping is out, unless somebody is
+// writing: then bytes move anyway. The answer to a ping may stand behind a long message on a thin link; the hub has to hear from
+// this side all the same.
 func (s *Session) pingIfQuiet(now time.Time) {
 	lastOut, lastIn := time.Unix(0, s.lastOut.Load()), time.Unix(0, s.t.meter.lastIn.Load())
-	if now.Sub(lastOut) < s.keepAlive && now.Sub(lastIn) < s.keepAlive {
+	if now.Sub(lastOut) < s.keepAlive && (now.Sub(lastIn) < s.keepAlive || s.pinged()) {
 		return
 	}
 	select {
@@ -314,18 +315,23 @@ func (s *Session) pingIfQuiet(now time.Time) {
 	default:
 		return
 	}
-	if s.expectPong(now) {
-		_ = s.send(packets.NewControlPacket(packets.Pingreq)) // ends the connection if it fails
-	}
+	s.expectPong(now)
+	_ = s.send(packets.NewControlPacket(packets.Pingreq)) // ends the connection if it fails
 }
 
-// expectPong notes a ping about to be sent; it says false if one is out already.
-func (s *Session) expectPong(now time.Time) bool {
+// pinged reports whether a ping is out.
+func (s *Session) pinged() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, out := s.waiting[ping{}]; out {
-		return false
+	_, out := s.waiting[ping{}]
+	return out
+}
+
+// expectPong notes a ping about to be sent; of several that are out the first counts.
+func (s *Session) expectPong(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, out := s.waiting[ping{}]; !out {
+		s.waiting[ping{}] = now
 	}
-	s.waiting[ping{}] = now
-	return true
 }
