@@ -567,7 +567,7 @@ func TestWrongSchemesAreExplained(t *testing.T) {
 	plain, tcp, _ := hub(t, broker.Config{})
 	tlsWeb.Config.Handler = plain.WebSocket()
 	tlsWeb.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
-	tlsWeb.Config.ReadHeaderTimeout = 100 * time.Millisecond // CONNECT is the beginning of a line to it
+	tlsWeb.Config.ReadHeaderTimeout = time.Second // CONNECT is the beginning of a line to it; it has to arrive before
 	tlsWeb.StartTLS()
 	t.Cleanup(tlsWeb.Close)
 	pool := x509.NewCertPool()
