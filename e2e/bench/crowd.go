@@ -98,7 +98,7 @@ func runCrowd(address, count string) error {
 	for {
 		var messages int
 		_, err := fmt.Scanln(&messages)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

@@ -190,7 +190,7 @@ type clientBody struct{ io.Reader }
 
 func (b clientBody) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = asClientError(err)
 	}
 	return n, err

@@ -76,7 +76,7 @@ func (l *relay) serve(w http.ResponseWriter, r *http.Request, suffix string) {
 	stop := context.AfterFunc(ctx, c.close)
 	useful := false
 	defer func() { l.giveBack(c, stop() && useful) }()
-	resp, err := c.ask(q, buf[:])
+	resp, err := c.ask(q, buf[:]) //nolint:bodyclose // its body is read from the link, which giveBack keeps or closes
 	if err != nil {
 		l.refuse(w, r, err)
 		return
