@@ -145,7 +145,7 @@ func TestBadManifestsDisturbNothing(t *testing.T) {
 	s.Write("kind.yaml", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n")
 	s.Write("nodeless.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: a, image: b}]}\n")
 	s.Write("huge.yaml", "apiVersion: v1\nkind: Pod\nmetadata:\n  name: huge\n  annotations: {a: \""+strings.Repeat("x", 5<<20)+"\"}\nspec:\n  nodeName: dock-1\n  containers: [{name: a, image: b}]\n")
-	for _, want := range []string{"file=good.yaml line=8 ", "unknown field", "file=syntax.yaml line=1 ", "malformed YAML", "file=kind.yaml line=2 ", "file=nodeless.yaml line=4 ", "nodeName", "name=huge "} {
+	for _, want := range []string{"file=good.yaml line=9 ", "unknown field", "file=syntax.yaml line=1 ", "malformed YAML", "file=kind.yaml line=2 ", "file=nodeless.yaml line=4 ", "nodeName", "name=huge "} {
 		rigtest.Eventually(t, "the log says "+want, func() error {
 			b, err := os.ReadFile(s.Hub.Log)
 			if err == nil && !strings.Contains(string(b), want) {
