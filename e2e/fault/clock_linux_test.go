@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/longshore-edge/longshore/e2e/rig"
 	"github.com/longshore-edge/longshore/e2e/rig/rigtest"
 )
@@ -57,9 +59,19 @@ func testShift() (seconds int64) {
 
 // buildShifted builds an edge hub whose wall clock a test can set: its sources are the product's, and Go's own package time
 // adds what the file says to the wall clock (and not to the monotonic one).
+//
+// The changed sources stand in the cache folder, since their paths are part of what is built: elsewhere each run would build
+// everything anew.
 func buildShifted(t *testing.T) rig.Bin {
 	t.Helper()
-	dir := t.TempDir()
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(cache, "longshore", "clocktest")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	out, err := exec.CommandContext(t.Context(), "go", "env", "GOROOT").Output()
 	if err != nil {
 		t.Fatal(err)
@@ -87,12 +99,13 @@ func buildShifted(t *testing.T) rig.Bin {
 	if err := os.WriteFile(filepath.Join(dir, "overlay.json"), b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	build := exec.CommandContext(t.Context(), "go", "build", "-overlay", filepath.Join(dir, "overlay.json"), "-o", filepath.Join(dir, "edgehub"), "./edgehub")
+	bin := t.TempDir()
+	build := exec.CommandContext(t.Context(), "go", "build", "-overlay", filepath.Join(dir, "overlay.json"), "-o", filepath.Join(bin, "edgehub"), "./edgehub")
 	build.Dir, build.Env = "../..", append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
-	return rig.Bin(dir)
+	return rig.Bin(bin)
 }
 
 // G3: a box without a battery comes up in 1970 with no link, twice; the second time it is told the time before the link is
@@ -109,7 +122,12 @@ func TestG3BootedIn1970(t *testing.T) {
 	unshare := rigtest.Need(t, "unshare")
 	s := rigtest.NewSite(t, bin)
 	s.StartHub()
-	e := s.Edge("dock-1", "streams:\n- {name: readings, topics: [\"sensors/#\"], maxAge: 10m}\n")
+	// What this machine was on before counts as if the box had been on for so long before each start of the agent.
+	var on unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &on); err != nil {
+		t.Fatal(err)
+	}
+	e := s.Edge("dock-1", fmt.Sprintf("streams:\n- {name: readings, topics: [\"sensors/#\"], maxAge: %ds}\n", on.Sec+600))
 	e.Bin = buildShifted(t)
 	shift := filepath.Join(t.TempDir(), "shift")
 	setClock := func(right bool) {
