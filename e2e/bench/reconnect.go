@@ -186,6 +186,7 @@ func (k *kubeSite) reconnectRequests(ctx context.Context, b *bench) error {
 	if err := end(e.Process); err != nil {
 		return err
 	}
+	k.boxes = k.boxes[:len(k.boxes)-1] // the fleet that follows is without it
 	for _, path := range []string{podsPath + "?gracePeriodSeconds=0", edgesPath} {
 		if err := k.api.do(ctx, http.MethodDelete, path, jsonType, nil, nil); err != nil {
 			return err
