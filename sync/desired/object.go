@@ -111,10 +111,10 @@ type Object struct {
 }
 
 // Entry returns the list entry that names o.
-func (o Object) Entry() *longshorepb.Entry {
-	return &longshorepb.Entry{
-		Kind: o.Kind, Namespace: o.Namespace, Name: o.Name, Uid: o.UID, Digest: o.Digest[:], Size: uint64(len(o.Body)),
-	}
+func (o Object) Entry() *longshorepb.Entry { return o.entry(o.Digest, len(o.Body)) }
+
+func (r Ref) entry(d Digest, size int) *longshorepb.Entry {
+	return &longshorepb.Entry{Kind: r.Kind, Namespace: r.Namespace, Name: r.Name, Uid: r.UID, Digest: d[:], Size: uint64(size)}
 }
 
 // FromPod makes an object of a pod; it does not change or keep its argument. It fails with ErrTooLarge.

@@ -37,8 +37,4 @@ func (p *Packed) Open() Object {
 }
 
 // Entry returns the list entry that names the object.
-func (p *Packed) Entry() *longshorepb.Entry {
-	return &longshorepb.Entry{
-		Kind: p.Kind, Namespace: p.Namespace, Name: p.Name, Uid: p.UID, Digest: slices.Clone(p.Digest[:]), Size: uint64(p.Size),
-	}
-}
+func (p *Packed) Entry() *longshorepb.Entry { return p.entry(p.Digest, p.Size) }

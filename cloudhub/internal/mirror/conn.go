@@ -212,14 +212,6 @@ func (c *conn) keep() account {
 	return c.account.kept()
 }
 
-// account is the newest of an edge; the caller holds Mirror.mu.
-func (r *record) account() account {
-	if r.active != nil {
-		return r.active.reported()
-	}
-	return r.kept
-}
-
 func (c *conn) plainFilters() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -75,6 +75,14 @@ type record struct {
 	retired []retired
 }
 
+// account is the newest of an edge; the caller holds Mirror.mu.
+func (r *record) account() account {
+	if r.active != nil {
+		return r.active.reported()
+	}
+	return r.kept
+}
+
 // retired is a superseded instance with what it last said. Most are gone: an agent that starts again after a power cut is
 // another instance, while its old connection may still look alive.
 type retired struct {

@@ -13,7 +13,7 @@ type task struct {
 	again   bool // guarded by mu: woken while running
 }
 
-// wake never blocks; it may be called with any lock held but those that the function takes and holds for long.
+// wake never blocks; it may be called with any lock held.
 func (t *task) wake() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
