@@ -15,7 +15,6 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -507,41 +506,20 @@ func TestRelayUpdateUnderLoad(t *testing.T) {
 		{inferBody, `"data":[7]`},
 		{`{"inputs":[{"name":"x","datatype":"FP32","shape":[50000],"data":[` + values + `]}]}`, `"data":[50000]`},
 	}
-	var done, failed atomic.Int64
-	stop := make(chan struct{})
-	var clients sync.WaitGroup
-	for i := range 4 {
-		clients.Go(func() {
-			for n := i; ; n++ {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				body := bodies[n%len(bodies)]
-				resp, err := front.Client().Post(front.URL+"/v2/models/adder/infer", "application/json", strings.NewReader(body.text))
-				if err != nil {
-					failed.Add(1)
-					t.Errorf("request during an update: %v", err)
-					return
-				}
-				answer, err := io.ReadAll(resp.Body)
-				_ = resp.Body.Close()
-				if err != nil || resp.StatusCode != http.StatusOK || !strings.Contains(string(answer), body.sum) {
-					failed.Add(1)
-					t.Errorf("request during an update: %s %.200s %v", resp.Status, answer, err)
-					return
-				}
-				done.Add(1)
-			}
-		})
-	}
-	for v := 2; v <= 4; v++ {
-		e.m.SetDesired(specs(h.model("adder", strconv.Itoa(v), fault{})))
-		e.serves("adder", strconv.Itoa(v))
-		n := done.Load()
-		e.until("requests go on", func() bool { return done.Load() > n+20 || failed.Load() > 0 })
-	}
-	close(stop)
-	clients.Wait()
+	e.updateUnderLoad(h, 2, 4, func(n int) error {
+		body := bodies[n%len(bodies)]
+		resp, err := front.Client().Post(front.URL+"/v2/models/adder/infer", "application/json", strings.NewReader(body.text))
+		if err != nil {
+			return err
+		}
+		answer, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if err != nil {
+			return err
+		}
+		if resp.StatusCode != http.StatusOK || !strings.Contains(string(answer), body.sum) {
+			return fmt.Errorf("%s %.200s", resp.Status, answer)
+		}
+		return nil
+	})
 }

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -158,6 +159,40 @@ func (e *edge) serves(name, version string) {
 		r := e.report(name)
 		return r != nil && r.State == longshorepb.ModelState_MODEL_STATE_SERVING && r.DesiredVersion == version && r.ServingVersion == version
 	})
+}
+
+// updateUnderLoad lets versions of the adder from first to last take over one after the other, while 4 clients ask again and
+// again. ask gets numbers that grow by one for each client; no error may come of it.
+func (e *edge) updateUnderLoad(h *hub, first, last int, ask func(n int) error) {
+	e.Helper()
+	var done, failed atomic.Int64
+	stop := make(chan struct{})
+	var clients sync.WaitGroup
+	for i := range 4 {
+		clients.Go(func() {
+			for n := i; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := ask(n); err != nil {
+					failed.Add(1)
+					e.Errorf("request during an update: %v", err)
+					return
+				}
+				done.Add(1)
+			}
+		})
+	}
+	for v := first; v <= last; v++ {
+		e.m.SetDesired(specs(h.model("adder", strconv.Itoa(v), fault{})))
+		e.serves("adder", strconv.Itoa(v))
+		n := done.Load()
+		e.until("requests go on", func() bool { return done.Load() > n+20 || failed.Load() > 0 })
+	}
+	close(stop)
+	clients.Wait()
 }
 
 // isGood waits until a version is durably the last good one.

@@ -2,14 +2,13 @@ package infer
 
 import (
 	"bufio"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -116,34 +115,12 @@ func TestUpdateDropsNothing(t *testing.T) {
 	}
 	e.until("the old worker ended", func() bool { return gone(old.pid) })
 	// Under a steady stream of requests none fails, whatever number of versions passes by.
-	var failed, done atomic.Int64
-	stop := make(chan struct{})
-	var clients sync.WaitGroup
-	for range 4 {
-		clients.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				if code, body := e.post("/v2/models/adder/infer", inferBody); code != 200 {
-					failed.Add(1)
-					t.Errorf("request during an update: %d %s", code, body)
-					return
-				}
-				done.Add(1)
-			}
-		})
-	}
-	for v := 3; v <= 5; v++ {
-		e.m.SetDesired(specs(h.model("adder", strconv.Itoa(v), fault{})))
-		e.serves("adder", strconv.Itoa(v))
-		n := done.Load()
-		e.until("requests go on", func() bool { return done.Load() > n+20 || failed.Load() > 0 })
-	}
-	close(stop)
-	clients.Wait()
+	e.updateUnderLoad(h, 3, 5, func(int) error {
+		if code, body := e.post("/v2/models/adder/infer", inferBody); code != 200 {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		return nil
+	})
 }
 
 // If this fails, a worker that was killed, stopped or grew stays broken, or takes the agent with it.
